@@ -1,0 +1,1 @@
+"""What touches the world: wire formats, keys, mesh, ledger, runtimes and hardware. Knows bytes, never verdicts or orders."""
