@@ -1,1 +1,4 @@
-"""What touches the world: wire formats, keys, mesh, ledger, runtimes and hardware. Knows bytes, never verdicts or orders."""
+"""What touches the world: wire formats, keys, mesh, ledger, runtimes and hardware.
+
+It knows bytes, never verdicts or orders.
+"""
