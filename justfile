@@ -1,0 +1,113 @@
+# Every recipe sets up what it needs: everything goes into .venv, from requirements-dev.txt.
+
+set shell := ["bash", "-euo", "pipefail", "-c"]
+set positional-arguments := true
+
+bin := ".venv/bin"
+elsewhere := "not slow and not swarm and not docker and not chain and not browser and not gpu"
+
+# List the recipes
+[private]
+default:
+    @just --justfile "{{ justfile() }}" --list --unsorted
+
+# Make .venv and install the pinned packages and this project; nothing to do when nothing changed
+setup:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    exec >&2
+    python="$PWD/{{ bin }}/python"
+    stamp=.venv/.kaisar-setup
+    # What the environment was made from: the pinned sets, this project's metadata, the place, the interpreter.
+    fingerprint() {
+        "$python" -c 'import hashlib, os, sys
+    print(hashlib.sha256(b"".join(open(name, "rb").read() for name in sys.argv[1:])).hexdigest(), os.getcwd(), sys.version)' \
+            requirements-build.txt requirements-dev.txt pyproject.toml | tr '\n' ' '
+    }
+    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(fingerprint)" ]; then exit 0; fi
+
+    [ -x "$python" ] || python3 -m venv .venv 2>/dev/null || python3 -m venv --without-pip .venv
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+        echo "error: .venv has $("$python" --version), and Python 3.11 or newer is needed."
+        echo "hint: remove .venv, and make it again with a newer one: python3.11 -m venv .venv"
+        exit 1
+    }
+    echo "Setting up .venv with $("$python" --version) ..."
+    pip() {
+        if "$python" -c 'import pip' 2>/dev/null; then "$python" -m pip --disable-pip-version-check "$@"
+        else python3 -m pip --disable-pip-version-check --python "$python" "$@"; fi
+    }
+    pinned=(--quiet --no-deps --require-hashes)
+    pip install "${pinned[@]}" -r requirements-build.txt
+    # Two small dependencies publish no wheel; they are built by the pinned setuptools, never by a downloaded one.
+    pinned+=(--no-build-isolation -r requirements-dev.txt)
+    {{ bin }}/uv pip install --python "$python" "${pinned[@]}" || {
+        echo "uv could not install the packages; trying pip, which takes longer ..."
+        pip install "${pinned[@]}"
+    }
+    {{ bin }}/uv pip install --quiet --offline --python "$python" --no-deps --no-build-isolation --editable .
+    fingerprint > "$stamp"
+    echo "Done: .venv holds everything."
+
+# Run the whole story on this machine: 12 processes prove, certify, serve an order and settle it
+demo *args: setup
+    {{ bin }}/kaisar demo "$@"
+
+# Run a command of the installed `kaisar`: just kaisar testnet up
+kaisar *args: setup
+    {{ bin }}/kaisar "$@"
+
+# Run the quick tests (a few minutes): just test -k merkle
+test *args: setup
+    {{ bin }}/python -m pytest -m "{{ elsewhere }}" "$@"
+
+# Run the tests that take longer than the quick ones should
+test-slow *args: setup
+    {{ bin }}/python -m pytest -m slow "$@"
+
+# Run the tests that start a swarm of real processes
+test-swarm *args: setup
+    {{ bin }}/python -m pytest -m swarm "$@"
+
+# Run the tests that need a Docker engine; they are skipped, with the reason, where none answers
+test-docker *args: setup
+    {{ bin }}/python -m pytest -m docker "$@"
+
+# Search for counterexamples with many random inputs: just fuzz tests/kaisar_p2p/wire
+fuzz *args: setup
+    HYPOTHESIS_PROFILE=fuzz {{ bin }}/python -m pytest -m "{{ elsewhere }}" --hypothesis-show-statistics "$@"
+
+# Check the style
+lint *args: setup
+    {{ bin }}/ruff check . "$@"
+
+# Check the types, strictly
+types *args: setup
+    {{ bin }}/mypy "$@"
+
+# Write the golden vectors again and compare them with the committed ones
+vectors: setup
+    {{ bin }}/python tests/vectors/generate.py
+    git diff --exit-code -- tests/vectors
+    test -z "$(git status --porcelain -- tests/vectors)"
+
+# Measure: just bench spine, just bench ledger --json
+bench name *args: setup
+    {{ bin }}/python -m benchmarks "$@"
+
+# Resolve the dependencies of pyproject.toml and pin them by hash: just lock --upgrade
+lock *args: setup
+    #!/usr/bin/env bash
+    set -euxo pipefail
+    pin() {
+        {{ bin }}/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+            --no-emit-index-url --no-emit-find-links "$@" pyproject.toml
+    }
+    pin "$@" --group pyproject.toml:build --output-file requirements-build.txt
+    pin "$@" --constraint requirements-build.txt --output-file requirements.txt
+    pin "$@" --constraint requirements-build.txt --constraint requirements.txt --extra dev --output-file requirements-dev.txt
+
+# Remove caches and build outputs; .venv stays
+clean:
+    rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+    find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
