@@ -101,11 +101,12 @@ lock *args: setup
     set -euxo pipefail
     pin() {
         {{ bin }}/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
-            --no-emit-index-url --no-emit-find-links "$@" pyproject.toml
+            --no-emit-index-url --no-emit-find-links "$@"
     }
     pin "$@" --group pyproject.toml:build --output-file requirements-build.txt
-    pin "$@" --constraint requirements-build.txt --output-file requirements.txt
-    pin "$@" --constraint requirements-build.txt --constraint requirements.txt --extra dev --output-file requirements-dev.txt
+    pin "$@" --constraint requirements-build.txt --output-file requirements.txt pyproject.toml
+    pin "$@" --constraint requirements-build.txt --constraint requirements.txt --extra dev \
+        --output-file requirements-dev.txt pyproject.toml
 
 # Remove caches and build outputs; .venv stays
 clean:
