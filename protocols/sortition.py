@@ -58,9 +58,7 @@ def committee(
     return draw_committee(domain("popw/draw", network), beacon, subject, [stake for _, stake in registry], k)
 
 
-def draw_committee(
-    prefix: bytes, beacon: bytes, subject: bytes, stakes: Sequence[int], k: int
-) -> tuple[int, ...]:
+def draw_committee(prefix: bytes, beacon: bytes, subject: bytes, stakes: Sequence[int], k: int) -> tuple[int, ...]:
     """`committee` under an explicit domain prefix.
 
     Points on the line of all stake are hashed from a counter, and points on members already seated are thrown

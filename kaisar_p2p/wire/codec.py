@@ -153,12 +153,20 @@ def _layout(cls: type) -> _Layout:
 
 def _write(value: Any) -> Plain:
     layout = _layout(type(value))
-    return (layout.tag, *[write(getattr(value, name)) for name, write in zip(layout.names, layout.writers, strict=True)])
+    return (
+        layout.tag,
+        *[write(getattr(value, name)) for name, write in zip(layout.names, layout.writers, strict=True)],
+    )
 
 
 def _read(cls: type[M], plain: Plain) -> M:
     layout = _layout(cls)
-    if type(plain) is not tuple or len(plain) != len(layout.names) + 1 or type(plain[0]) is not int or plain[0] != layout.tag:
+    if (
+        type(plain) is not tuple
+        or len(plain) != len(layout.names) + 1
+        or type(plain[0]) is not int
+        or plain[0] != layout.tag
+    ):
         raise DecodeError(f"not a {cls.__name__}")
     return cls(*[read(item) for read, item in zip(layout.readers, plain[1:], strict=True)])
 
@@ -166,7 +174,7 @@ def _read(cls: type[M], plain: Plain) -> M:
 def _read_one_of(classes: tuple[type[M], ...], plain: Plain) -> M:
     if type(plain) is tuple and plain and type(plain[0]) is int:
         for cls in classes:
-            if cls.TAG == plain[0]:  # type: ignore[attr-defined]
+            if plain[0] == cls.TAG:  # type: ignore[attr-defined]
                 return _read(cls, plain)
     raise DecodeError("not one of " + ", ".join(cls.__name__ for cls in classes))
 
@@ -215,7 +223,8 @@ def _sized(kind: type, least: int, most: int, where: str) -> tuple[Writer, Reade
     def fits(value: Any) -> bool:
         if type(value) is not kind:
             return False
-        return least <= (len(value) if kind is bytes else len(value.encode("utf-8", "surrogatepass"))) <= most
+        length = len(value) if isinstance(value, bytes) else len(str(value).encode("utf-8", "surrogatepass"))
+        return least <= length <= most
 
     return _checked(fits, where)
 

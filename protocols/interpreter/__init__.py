@@ -1,0 +1,1 @@
+"""The ledger's rules: finalized blocks in, state out. The same on every node."""
