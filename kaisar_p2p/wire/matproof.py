@@ -10,7 +10,8 @@ The definition does not depend on hardware, number format, blocking or the order
     seed_{r+1}           = SHA-256("popw/round" ‖ seed_r ‖ D_r)
 
 |entry| ≤ 16, so over at most 65536 terms every partial sum is at most 2²⁴: int8→int32, fp16→fp32, fp32 and
-fp64 agree to the bit. Longer rows are multiplied in pieces of 65536 columns whose int32 results are added mod 2³².
+fp64 agree to the bit. Longer rows are multiplied in pieces of 65536 columns; their int32 results are added
+mod 2³².
 
 The tag is not linear in C on purpose: a linear check (Freivalds: C·r = A·(B·r)) can be met without computing
 C. This module decides and checks; `kaisar_p2p.hardware.prove` does the work of a whole proof.
