@@ -1,6 +1,6 @@
 """`python -m benchmarks NAME [--json]`: run one benchmark and print its figures.
 
-Progress goes to stderr. With `--json` the last line of stdout is one JSON list of `Figure`s. The exit code says
+Progress goes to stderr. With `--json` the last line of stdout is one JSON list of figures. The exit code says
 whether everything was measured, not whether targets were met: 0 measured, 1 failed, 2 no such benchmark.
 """
 
@@ -69,7 +69,7 @@ def _number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 10_000 or value == int(value) else f"{value:.4g}"
 
 
-def main(name: str, as_json: bool = typer.Option(False, "--json", help="End with a JSON list on stdout.")) -> None:
+def main(name: str, as_json: bool = typer.Option(False, "--json", help="End with a JSON list.")) -> None:
     """Run the benchmark NAME and print its figures."""
     Console(stderr=True).print(f"measuring {name} ...")
     figures = load(name)
