@@ -97,10 +97,10 @@ def _parse(text: str) -> dict[str, object]:
 
 
 def _scheme(content: object) -> Scheme:
-    labels = {scheme.label: scheme for scheme in Scheme}
-    if not isinstance(content, list) or len(content) != 2 or content[0] != "pkcs8" or content[1] not in labels:
-        raise _unusable("it holds no ed25519 or sr25519 account")
-    return labels[content[1]]
+    for scheme in Scheme:
+        if content == ["pkcs8", scheme.label]:
+            return scheme
+    raise _unusable("it holds no ed25519 or sr25519 account")
 
 
 def _bytes(encoded: object) -> bytes:
@@ -170,7 +170,9 @@ def _expanded(secret: SecretKey) -> bytes:
 
 def _scrypt(passphrase: str, salt: bytes, parameters: tuple[int, int, int]) -> bytes:
     n, p, r = parameters
-    return hashlib.scrypt(passphrase.encode(), salt=salt, n=n, r=r, p=p, maxmem=_SCRYPT_MAX_MEMORY_BYTES, dklen=32)
+    return hashlib.scrypt(
+        passphrase.encode("utf-8", "surrogatepass"), salt=salt, n=n, r=r, p=p, maxmem=_SCRYPT_MAX_MEMORY_BYTES, dklen=32
+    )
 
 
 def _unusable(why: str) -> IdentityError:

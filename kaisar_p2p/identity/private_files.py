@@ -71,12 +71,14 @@ def read_private_file(path: Path, max_bytes: int) -> bytes:
         if error.errno == errno.ELOOP:
             raise IdentityError(f"{path} is a symbolic link", hint="put the key file itself there") from None
         raise IdentityError(f"{path} cannot be read: {error.strerror}", hint="check its owner and rights") from None
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
+    try:
+        status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise IdentityError(f"{path} is not a file", hint="put the key file itself there")
         _check_owner_and_mode(path, status, FILE_MODE)
-        data = file.read(max_bytes + 1)
+        data = os.read(descriptor, max_bytes + 1)
+    finally:
+        os.close(descriptor)
     if len(data) > max_bytes:
         raise IdentityError(f"{path} is larger than a key file can be", hint="restore it from a backup")
     return data

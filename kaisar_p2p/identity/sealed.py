@@ -81,7 +81,7 @@ def _derive(passphrase: str, encryption: Encryption) -> bytes:
             "the passphrase is empty", hint="choose one, or say --no-passphrase to store keys unencrypted"
         )
     # The same characters typed on another system may arrive composed differently.
-    password = unicodedata.normalize("NFKC", passphrase).encode("utf-8")
+    password = unicodedata.normalize("NFKC", passphrase).encode("utf-8", "surrogatepass")
     return bindings.crypto_pwhash_alg(
         32,
         password,
