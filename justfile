@@ -26,25 +26,26 @@ setup:
     }
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(fingerprint)" ]; then exit 0; fi
 
-    [ -x "$python" ] || python3 -m venv .venv 2>/dev/null || python3 -m venv --without-pip .venv
+    [ -x "$python" ] || python3 -m venv --without-pip .venv
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
         echo "error: .venv has $("$python" --version), and Python 3.11 or newer is needed."
         echo "hint: remove .venv, and make it again with a newer one: python3.11 -m venv .venv"
         exit 1
     }
     echo "Setting up .venv with $("$python" --version) ..."
+    # pip brings uv, and uv the rest; where uv cannot, pip does it, which takes longer.
     pip() {
         if "$python" -c 'import pip' 2>/dev/null; then "$python" -m pip --disable-pip-version-check "$@"
         else python3 -m pip --disable-pip-version-check --python "$python" "$@"; fi
     }
-    pinned=(--quiet --no-deps --require-hashes)
-    pip install "${pinned[@]}" -r requirements-build.txt
-    # Two small dependencies publish no wheel; they are built by the pinned setuptools, never by a downloaded one.
-    pinned+=(--no-build-isolation -r requirements-dev.txt)
-    {{ bin }}/uv pip install --python "$python" "${pinned[@]}" || {
-        echo "uv could not install the packages; trying pip, which takes longer ..."
-        pip install "${pinned[@]}"
+    install() {
+        if [ -x {{ bin }}/uv ] && {{ bin }}/uv pip install --python "$python" "$@"; then return; fi
+        pip install "$@"
     }
+    pinned=(--quiet --no-deps --require-hashes)
+    install "${pinned[@]}" -r requirements-build.txt
+    # Two small dependencies publish no wheel; they are built by the pinned setuptools, never by a downloaded one.
+    install "${pinned[@]}" --no-build-isolation -r requirements-dev.txt
     {{ bin }}/uv pip install --quiet --offline --python "$python" --no-deps --no-build-isolation --editable .
     fingerprint > "$stamp"
     echo "Done: .venv holds everything."
