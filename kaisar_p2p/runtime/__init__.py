@@ -1,0 +1,1 @@
+"""Where tenants' programs run: Docker, or plain processes for development."""
