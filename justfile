@@ -46,7 +46,7 @@ setup:
     install "${pinned[@]}" -r requirements-build.txt
     # Two small dependencies publish no wheel; they are built by the pinned setuptools, never by a downloaded one.
     install "${pinned[@]}" --no-build-isolation -r requirements-dev.txt
-    {{ bin }}/uv pip install --quiet --offline --python "$python" --no-deps --no-build-isolation --editable .
+    install --quiet --no-deps --no-build-isolation --editable .
     fingerprint > "$stamp"
     echo "Done: .venv holds everything."
 
