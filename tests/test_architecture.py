@@ -47,9 +47,14 @@ def imports(tree: ast.AST, module: str, *, is_package: bool = False) -> Iterator
             above = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join([*above, *filter(None, [node.module])])
             yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
-        elif isinstance(node, ast.Call) and node.args and _name(node.func).split(".")[-1] in (
-            "import_module",
-            "__import__",
+        elif (
+            isinstance(node, ast.Call)
+            and node.args
+            and _name(node.func).split(".")[-1]
+            in (
+                "import_module",
+                "__import__",
+            )
         ):
             argument = node.args[0]
             if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
