@@ -53,7 +53,7 @@ def deploy_beacon(mix: bytes, block_hash: bytes, network: bytes) -> bytes:
 def deploy_committee(
     params: Params, registry: Registry, beacon: bytes, order_id: bytes, *, network: bytes
 ) -> Committee | None:
-    """Who authorises and witnesses an order, drawn once when it is placed (`OrderState.seats`); None if nobody can be."""
+    """Who authorises and witnesses an order: drawn when it is placed (`OrderState.seats`); None if nobody can be."""
     k, threshold = deploy_size(params, _eligible(registry))
     return _draw(registry, beacon, order_id, k, threshold, network)
 
@@ -73,7 +73,10 @@ def verify_certificate(certificate: QuorumCertificate, committee: Committee, net
 
 
 def header_stake(certificate: EpochCertificate, registry: Registry) -> tuple[int, int]:
-    """Stake that the mask claims, and stake in all; (0, total) for a mask that does not fit. Signatures are not looked at."""
+    """Stake that the mask claims, and stake in all; (0, total) for a mask that does not fit.
+
+    Signatures are not looked at.
+    """
     total = sum(stake for _, stake in registry)
     members = _masked(certificate.mask)
     if len(members) != len(certificate.signatures) or (members and members[-1] >= len(registry)):

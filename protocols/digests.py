@@ -32,5 +32,5 @@ def header_hash(header: EpochHeader, network: bytes) -> bytes:
 
 
 def registry_root(registry: Iterable[tuple[bytes, int]]) -> bytes:
-    """RFC 9162 root over the registry's entries in order, each: 32-byte key ‖ stake in planck as 16 bytes, big-endian."""
+    """RFC 9162 root over the registry's entries in order: 32-byte key ‖ stake in planck as 16 bytes, big-endian."""
     return merkle.root(key + stake.to_bytes(16, "big") for key, stake in registry)

@@ -68,6 +68,7 @@ class Params:
     refund_as_points: int = 1
     # limits of state
     max_announced_addresses: int = 8
+    max_open_orders: int = 256
     kept_epochs: int = 4
 
     @property

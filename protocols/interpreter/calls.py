@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, TypeAlias, cast, get_args
 
 from kaisar_p2p.errors import DecodeError
-from kaisar_p2p.wire.codec import U8, U16, AtMost, Bytes32, Bytes64, Count, Planck, Text256, decode, encode, message
+from kaisar_p2p.wire.codec import (
+    U8,
+    U16,
+    AtMost,
+    Bytes32,
+    Bytes64,
+    Count,
+    Message,
+    Planck,
+    Text256,
+    decode,
+    encode,
+    message,
+)
 from protocols.adverts import Spec
 from protocols.epochs import EpochCertificate, EpochHeader, LeafProof
 from protocols.orders import OrderSpec
@@ -14,6 +27,8 @@ from protocols.quorum import QuorumCertificate
 
 MAGIC = b"KSR\x01"
 PROVIDER, CHECKER, CLIENT = 1, 2, 4
+"""Roles of a machine, a bit each."""
+BIND_DOMAIN = "kaisar/bind"
 
 
 @message(80)
@@ -59,7 +74,10 @@ class StakeWithdraw:
 @message(85)
 @dataclass(frozen=True)
 class MachineBind:
-    """Bind a machine key to this account. `signature` is the machine's, domain "kaisar/bind", over the account's 32 bytes ‖ roles."""
+    """Bind a machine key to this account.
+
+    `signature` is the machine's, under the domain "kaisar/bind", over the account's 32 bytes ‖ the byte `roles`.
+    """
 
     machine: Bytes32
     roles: U8
@@ -104,7 +122,10 @@ class BootstrapAnnounce:
 @message(90)
 @dataclass(frozen=True)
 class OrderPlace:
-    """Place an order: `offer` is the worker's signed envelope; `escrow_planck` + `points_planck` cover price × duration."""
+    """Place an order: `offer` is the worker's signed envelope.
+
+    `escrow_planck` + `points_planck` are exactly ⌈price × duration / 3600⌉.
+    """
 
     spec: OrderSpec
     offer: Annotated[bytes, AtMost(1024)]
@@ -145,16 +166,21 @@ class RewardClaim:
     proof: LeafProof
 
 
-CallBody = (
-    Transfer | LicenceBuy | StakeBond | StakeUnbond | StakeWithdraw | MachineBind | WorkerRegister | WorkerActivate | WorkerRetire
-    | BootstrapAnnounce | OrderPlace | OrderCancel | LeaseSettle | AnchorPost | RewardClaim
+CallBody: TypeAlias = (
+    Transfer | LicenceBuy | StakeBond | StakeUnbond | StakeWithdraw | MachineBind | WorkerRegister | WorkerActivate
+    | WorkerRetire | BootstrapAnnounce | OrderPlace | OrderCancel | LeaseSettle | AnchorPost | RewardClaim
 )  # fmt: skip
-CALLS: dict[int, type[CallBody]] = {cls.TAG: cls for cls in CallBody.__args__}  # type: ignore[attr-defined]
+CALLS: dict[int, type[CallBody]] = {cast(type[Message], cls).TAG: cls for cls in get_args(CallBody)}
+
+
+def bind_body(account: bytes, roles: int) -> bytes:
+    """What the machine signs in `MachineBind`."""
+    return account + bytes([roles])
 
 
 def payload_of(body: CallBody) -> bytes:
     """The bytes that a wallet submits to the ledger."""
-    return MAGIC + bytes([body.TAG]) + encode(body)
+    return MAGIC + bytes([cast(Message, body).TAG]) + encode(body)
 
 
 def parse_payload(payload: bytes) -> CallBody:

@@ -76,13 +76,14 @@ class OrderEnded:
 
 @dataclass(frozen=True)
 class LeaseSettled:
-    """Money moved: paid to the provider, and given back to the client."""
+    """Money moved: paid to the provider, given back to the client, and from the worker's bond to the client."""
 
     order_id: bytes
     paid_planck: int
     refunded_planck: int
     refunded_points: int
     closed: bool
+    penalty_planck: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,6 @@ class RewardClaimed:
 
 
 LedgerEvent = (
-    SlotStarted | EpochStarted | CallIgnored | CallApplied | WorkerRegistered | WorkerActivated | WorkerRetired | OrderPlaced
-    | OrderEnded | LeaseSettled | Anchored | RewardClaimed
+    SlotStarted | EpochStarted | CallIgnored | CallApplied | WorkerRegistered | WorkerActivated | WorkerRetired
+    | OrderPlaced | OrderEnded | LeaseSettled | Anchored | RewardClaimed
 )  # fmt: skip

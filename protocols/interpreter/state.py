@@ -24,7 +24,11 @@ class Unbonding:
 
 @dataclass(frozen=True)
 class AccountState:
-    """One owner. `claimed_planck` is the cumulative reward already claimed."""
+    """One owner.
+
+    Points are worth their face value for orders and nothing else; the treasury holds KAI for all of them.
+    `claimed_planck` is the cumulative reward already claimed.
+    """
 
     balance_planck: int = 0
     points_planck: int = 0
@@ -58,18 +62,24 @@ class WorkerState:
 
 @dataclass(frozen=True)
 class OrderState:
-    """An order and its money. `escrow_planck` is what is still locked; `seats` is the deploy committee, drawn when it was placed."""
+    """An order and its money.
+
+    `escrow_planck` is still locked, of `locked_planck` at first, of which `points_planck` came as points. `seats` is
+    the deploy committee, drawn when the order was placed. `penalty_planck` came to the client from the worker's bond.
+    """
 
     client: bytes
     client_key: bytes
     worker: bytes
     worker_owner: bytes
     spec_hash: bytes
+    resources: Spec
     offer_hash: bytes
     price_planck_per_hour: int
     duration_s: int
     escrow_planck: int
     locked_planck: int
+    points_planck: int
     placed_block: int
     placed_ms: int
     seats: tuple[bytes, ...]
@@ -80,6 +90,7 @@ class OrderState:
     paid_planck: int = 0
     refunded_planck: int = 0
     refunded_points: int = 0
+    penalty_planck: int = 0
     outcome: int = 0
 
 
@@ -111,21 +122,25 @@ Registry = tuple[tuple[bytes, int], ...]
 
 @dataclass(frozen=True)
 class State:
-    """State after block `number`.
+    """State after block `number`; −1 before the genesis block.
 
-    `registries[e]` is taken from the state at the end of epoch e−1; `mixes[e]` likewise is the mix of the newest header
-    anchored by then; `beacons[s]` is set by the first block of slot s; all three are kept for `kept_epochs` epochs.
+    `open_orders[worker]` are its orders that are not closed; `used_offers[worker ‖ nonce]` is until when the offer was
+    valid; dropped after that. `registries[e]` is taken from the state at the end of epoch e−1; `mixes[e]` likewise is
+    the mix of the newest header anchored by then; `beacons[s]` is set by the first block of slot s; all three are kept
+    for `kept_epochs` epochs.
     """
 
     network: bytes
     params: Params
-    number: int = 0
-    block_hash: bytes = b""
+    number: int = -1
+    block_hash: bytes = bytes(32)
     time_ms: int = 0
     accounts: Map[bytes, AccountState] = field(default_factory=Map)
     machines: Map[bytes, MachineState] = field(default_factory=Map)
     workers: Map[bytes, WorkerState] = field(default_factory=Map)
     orders: Map[bytes, OrderState] = field(default_factory=Map)
+    open_orders: Map[bytes, tuple[bytes, ...]] = field(default_factory=Map)
+    used_offers: Map[bytes, int] = field(default_factory=Map)
     bootstrap: Map[bytes, tuple[str, ...]] = field(default_factory=Map)
     anchors: Map[int, Anchor] = field(default_factory=Map)
     last_anchor: int = -1
