@@ -1,0 +1,114 @@
+"""The ledger's side of a node: follow finalized blocks through the interpreter, and hand in calls once."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+import trio
+
+from kaisar_p2p.errors import CallRejected, LedgerError
+from kaisar_p2p.identity import Wallet
+from kaisar_p2p.ledger import Ledger, Receipt
+from node.clock import Clock
+from node.inbox import Inbox, Lane
+from protocols.actions import BlockApplied
+from protocols.genesis import genesis_state
+from protocols.interpreter.apply import apply
+from protocols.interpreter.state import State
+
+log = logging.getLogger(__name__)
+
+LIVE_LAG_S = 30.0
+REMEMBERED_EPOCHS = 2
+RESUBMIT_BLOCKS = 12
+
+
+class Chain:
+    """The newest finalized state, and how it came about."""
+
+    def __init__(self, ledger: Ledger, inbox: Inbox, clock: Clock) -> None:
+        self.ledger = ledger
+        self.state: State = genesis_state(ledger.genesis)
+        self._inbox = inbox
+        self._clock = clock
+        self._advanced = trio.Event()
+        self.call_outcomes: dict[bytes, str] = {}
+
+    async def run(self) -> None:
+        """Apply every finalized block, from the beginning; until cancelled."""
+        async with aclosing(self.ledger.follow(None)) as blocks:  # type: ignore[type-var]
+            async for block in blocks:
+                if block.number == 0:
+                    continue
+                self.state, events = apply(self.state, block)
+                self._remember_outcomes(events)
+                live = self._clock.now() - block.time_ms / 1000 < max(LIVE_LAG_S, 4 * self.state.params.slot_ms / 1000)
+                if live or await self._is_recent(block.number):
+                    await self._inbox.put_patiently(Lane.BLOCK, BlockApplied(self.state, events, live))
+                self._advanced.set()
+                self._advanced = trio.Event()
+
+    async def _is_recent(self, number: int) -> bool:
+        """Machines need the last epochs to resume; what is older is in the state."""
+        tip = await self.ledger.finalized()
+        return number > tip.number - REMEMBERED_EPOCHS * self.state.params.epoch_blocks
+
+    def _remember_outcomes(self, events: tuple[object, ...]) -> None:
+        for event in events:
+            call_hash = getattr(event, "call_hash", None)
+            if call_hash is not None:
+                self.call_outcomes[call_hash] = getattr(event, "reason", "")
+        while len(self.call_outcomes) > 4096:
+            self.call_outcomes.pop(next(iter(self.call_outcomes)))
+
+    async def advanced(self) -> None:
+        """Until the next block was applied."""
+        await self._advanced.wait()
+
+    async def caught_up(self) -> State:
+        """The state once it includes everything that was final when this was called."""
+        target = await self.ledger.finalized()
+        while self.state.number < target.number:
+            await self.advanced()
+        return self.state
+
+    async def outcome(self, receipt: Receipt, timeout_s: float) -> str:
+        """Why a call had no effect, or "" if it had; LedgerError when it is not final in time."""
+        with trio.move_on_after(timeout_s):
+            while receipt.call_hash not in self.call_outcomes:
+                await self.advanced()
+            return self.call_outcomes[receipt.call_hash]
+        raise LedgerError(
+            f"call {receipt.call_hash.hex()[:8]} is not final after {timeout_s:.0f} s",
+            hint="it may still become final: look at `kaisar status` and try again later",
+        )
+
+
+@dataclass
+class CallSubmitter:
+    """Machines repeat a call until the ledger shows its effect; this hands it in once in a while, not at every block."""
+
+    chain: Chain
+    wallet: Wallet
+    _sent: dict[str, tuple[bytes, int]] = field(default_factory=dict)
+
+    async def submit_once(self, key: str, payload: bytes) -> None:
+        """Ignored if the same call was handed in under this key less than RESUBMIT_BLOCKS blocks ago."""
+        number = self.chain.state.number
+        sent = self._sent.get(key)
+        if sent is not None and sent[0] == payload and number < sent[1] + RESUBMIT_BLOCKS:
+            return
+        try:
+            receipt = await self.chain.ledger.submit(payload, self.wallet)
+        except CallRejected as error:
+            log.warning("call %s was refused: %s", key, error)
+            return
+        except LedgerError as error:
+            log.error("call %s could not be handed in: %s", key, error)
+            return
+        log.info("call %s handed in as %s", key, receipt.call_hash.hex()[:8])
+        self._sent[key] = (payload, number)
+        if len(self._sent) > 1024:
+            self._sent.pop(next(iter(self._sent)))

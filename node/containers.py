@@ -1,0 +1,112 @@
+"""Between the lease machine and the container runtime: start, watch health and end, stop, adopt after a restart."""
+
+from __future__ import annotations
+
+import logging
+import trio
+
+from kaisar_p2p.errors import KaisarError
+from kaisar_p2p.runtime.interface import ContainerRuntime, ContainerSpec, ContainerStatus
+from node.inbox import Inbox, Lane
+from protocols.actions import ContainerReport, Deploy
+
+log = logging.getLogger(__name__)
+
+HEALTH_POLL_S = 0.1
+HEALTH_TIMEOUT_S = 120.0
+STOP_GRACE_S = 5.0
+
+
+class Containers:
+    """Reports phases of containers to the inbox; owns one watcher task for each."""
+
+    def __init__(self, runtime: ContainerRuntime, inbox: Inbox) -> None:
+        self.runtime = runtime
+        self._inbox = inbox
+        self._watched: dict[str, trio.CancelScope] = {}
+        self._to_watch, self._watch_requests = trio.open_memory_channel[tuple[str, tuple[int, ...]]](256)
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Adopt what an earlier run of this node started, then watch; until cancelled."""
+        async with trio.open_nursery() as nursery:
+            for status in await self.runtime.containers():
+                log.info("found container %s again (%s)", status.lease[:8], status.phase)
+                nursery.start_soon(self._watch, status.lease, tuple(port for port, _ in status.ports))
+            task_status.started()
+            async for lease, ports in self._watch_requests:
+                nursery.start_soon(self._watch, lease, ports)
+
+    async def deploy(self, action: Deploy) -> None:
+        """Start the container of an order and begin to watch it."""
+        work = action.workload
+        spec = ContainerSpec(
+            lease=action.order_id.hex(),
+            image=work.image,
+            command=work.command,
+            environment=tuple((each.name, each.value) for each in work.environment),
+            ports=work.ports,
+            cpu_cores=action.cpu_cores,
+            memory_mb=action.memory_mb,
+            disk_mb=action.disk_mb,
+            gpus=action.gpus,
+        )
+        try:
+            await self.runtime.start(spec)
+        except KaisarError as error:
+            self._report(spec.lease, "failed", str(error))
+            return
+        await self._to_watch.send((spec.lease, spec.ports))
+
+    async def stop(self, order_id: bytes) -> None:
+        """Stop and remove; tries again is the machine's business."""
+        lease = order_id.hex()
+        scope = self._watched.pop(lease, None)
+        if scope is not None:
+            scope.cancel()
+        try:
+            await self.runtime.stop(lease, STOP_GRACE_S)
+        except KaisarError as error:
+            log.error("cannot stop container %s: %s", lease[:8], error)
+
+    def _report(self, lease: str, phase: str, detail: str = "") -> None:
+        self._inbox.put(Lane.RESULT, ContainerReport(bytes.fromhex(lease), phase, detail))
+
+    async def _watch(self, lease: str, ports: tuple[int, ...]) -> None:
+        with trio.CancelScope() as scope:
+            self._watched[lease] = scope
+            try:
+                self._report(lease, "started")
+                if await self._becomes_healthy(lease, ports):
+                    self._report(lease, "healthy")
+                code = await self.runtime.wait(lease)
+                self._report(lease, "exited", str(code))
+            except KaisarError as error:
+                self._report(lease, "failed", str(error))
+            finally:
+                self._watched.pop(lease, None)
+
+    async def _becomes_healthy(self, lease: str, ports: tuple[int, ...]) -> bool:
+        """True once the first port accepts a connection, or at once when the program has no port."""
+        with trio.move_on_after(HEALTH_TIMEOUT_S):
+            while True:
+                status = await self.runtime.status(lease)
+                if status is None or status.phase == "exited":
+                    return False
+                if not ports or await _accepts(status, ports[0]):
+                    return True
+                await trio.sleep(HEALTH_POLL_S)
+        self._report(lease, "unhealthy", f"port {ports[0]} did not accept a connection in {HEALTH_TIMEOUT_S:.0f} s")
+        return False
+
+
+async def _accepts(status: ContainerStatus, port: int) -> bool:
+    address = status.address(port)
+    if address is None:
+        return False
+    try:
+        with trio.fail_after(1.0):
+            stream = await trio.open_tcp_stream(*address)
+    except (OSError, trio.TooSlowError):
+        return False
+    await stream.aclose()
+    return True

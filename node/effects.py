@@ -1,0 +1,265 @@
+"""Turns actions into calls on the adapters, and what comes of them into events.
+
+Every kind of effect has a bounded channel and a fixed number of workers, so that no machine and no peer can make the node
+start an unlimited number of tasks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import trio
+
+from kaisar_p2p.errors import KaisarError, MeshError
+from kaisar_p2p.mesh import Mesh, MeshStream
+from node.clock import Clock
+from node.compute import Computer
+from node.containers import Containers
+from node.inbox import Inbox, Lane
+from node.store import NodeStore
+from protocols import actions as do
+from protocols.actions import Action
+
+log = logging.getLogger(__name__)
+
+REQUEST_WORKERS = 48
+PROBE_WORKERS = 16
+CONTAINER_WORKERS = 8
+QUEUE = 1024
+OPEN_STREAM_S = 5.0
+FRAME_BYTES = 4 << 20
+STORE_RETRY_S = 1.0
+CALL_TIMEOUT_S = 60.0
+
+
+class Submitter(Protocol):
+    """Hands a call to the ledger."""
+
+    async def submit_once(self, key: str, payload: bytes) -> None:
+        """Once for each key while the call is alive."""
+
+
+class Prober(Protocol):
+    """Connects to a lease as a user would."""
+
+    async def probe(self, order_id: bytes, worker: bytes, port: int, deadline_s: float) -> tuple[bool, str]:
+        """(up, detail)."""
+
+
+@dataclass
+class ServedCall:
+    """An incoming request that machines may answer."""
+
+    frames: trio.MemorySendChannel[tuple[bytes, bool]]
+    receive: trio.MemoryReceiveChannel[tuple[bytes, bool]]
+
+
+Echo = Callable[[str, bytes], None]
+"""Hands our own gossip to our own machines: a seat is also an observer of what it publishes."""
+
+
+@dataclass
+class NodeEffects:
+    """The one place where decisions become calls."""
+
+    mesh: Mesh
+    store: NodeStore
+    inbox: Inbox
+    clock: Clock
+    computer: Computer
+    submitter: Submitter
+    containers: Containers | None
+    prober: Prober
+    echo: Echo
+    _served: dict[int, ServedCall] = field(default_factory=dict)
+    _next_call: int = 1
+    _queues: dict[type, trio.MemorySendChannel[Action]] = field(default_factory=dict)
+    _changed: trio.Event = field(default_factory=trio.Event)
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Start the workers; until cancelled."""
+        plan: list[tuple[type, int, Callable[[Action], Awaitable[None]]]] = [
+            (do.Request, REQUEST_WORKERS, self._request),
+            (do.Publish, 1, self._publish),
+            (do.Compute, 1, self._compute),
+            (do.Submit, 1, self._submit),
+            (do.Probe, PROBE_WORKERS, self._probe),
+        ]
+        if self.containers is not None:
+            plan += [(do.Deploy, CONTAINER_WORKERS, self._deploy), (do.Stop, CONTAINER_WORKERS, self._stop)]
+        async with trio.open_nursery() as nursery:
+            for kind, workers, handle in plan:
+                send, receive = trio.open_memory_channel[Action](QUEUE)
+                self._queues[kind] = send
+                for _ in range(workers):
+                    nursery.start_soon(_worker, receive.clone(), handle)
+                receive.close()
+            task_status.started()
+
+    async def perform(self, actions: list[Action], now: float) -> None:
+        """Journal duties and stores in one transaction, then carry out what is allowed, in order."""
+        refused = await self._journal(actions, now)
+        for action in actions:
+            duty = getattr(action, "duty", None)
+            if duty is not None and duty.key in refused:
+                log.warning("not done: duty %s was done differently before", duty.key)
+            elif isinstance(action, do.Reply):
+                self._reply(action)
+            elif not isinstance(action, do.Store | do.Note):
+                self._enqueue(action)
+
+    async def _journal(self, actions: list[Action], now: float) -> frozenset[str]:
+        duties = [duty for action in actions if (duty := getattr(action, "duty", None)) is not None]
+        items = [action for action in actions if isinstance(action, do.Store)]
+        notes = [action for action in actions if isinstance(action, do.Note)]
+        if not (duties or items or notes):
+            return frozenset()
+        for note in notes:
+            log.info("%s %s", note.kind, " ".join(f"{name}={value}" for name, value in note.data))
+        while True:
+            try:
+                refused = await trio.to_thread.run_sync(self.store.commit, duties, items, notes, now)
+            except KaisarError as error:  # a full disk: nothing is done until it can be journalled
+                log.error("%s", error)
+                await trio.sleep(STORE_RETRY_S)
+            else:
+                if notes:
+                    self._changed.set()
+                    self._changed = trio.Event()
+                return refused
+
+    async def wait_for_note(self) -> None:
+        """Until the event list has grown."""
+        await self._changed.wait()
+
+    def _enqueue(self, action: Action) -> None:
+        queue = self._queues.get(type(action))
+        try:
+            if queue is None:
+                raise trio.WouldBlock
+            queue.send_nowait(action)
+        except trio.WouldBlock:
+            log.warning("dropped %s: no room, or this node has no such role", type(action).__name__)
+            self.inbox.dropped[f"effect-{type(action).__name__.lower()}"] += 1
+            if isinstance(action, do.Request):
+                self.inbox.put(Lane.RESULT, do.RequestEnded(action.request_id, "too many requests at once"))
+
+    # ── gossip and requests ──────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _publish(self, action: Action) -> None:
+        assert isinstance(action, do.Publish)
+        self.echo(action.topic, action.payload)
+        await self.mesh.publish(action.topic, action.payload)
+
+    async def _request(self, action: Action) -> None:
+        assert isinstance(action, do.Request)
+        error = ""
+        try:
+            with trio.fail_after(action.deadline_s):
+                if action.peer == self.mesh.key:
+                    await self._request_self(action)
+                else:
+                    await self._request_peer(action)
+        except trio.TooSlowError:
+            error = "timed out"
+        except MeshError as failure:
+            error = failure.message
+        await self.inbox.put_patiently(Lane.RESULT, do.RequestEnded(action.request_id, error))
+
+    async def _request_peer(self, action: do.Request) -> None:
+        stream = await self.mesh.open_stream(
+            action.peer, action.protocol, timeout_s=min(OPEN_STREAM_S, action.deadline_s), max_frame_bytes=FRAME_BYTES
+        )
+        async with stream:
+            await stream.send_frame(action.payload)
+            for _ in range(action.max_frames):
+                frame = await stream.receive_frame()
+                self.inbox.put(Lane.RESULT, do.Answer(action.request_id, frame, self.clock.now()))
+
+    async def _request_self(self, action: do.Request) -> None:
+        """A node with several roles may be drawn to check or serve itself: same path, without a stream."""
+        call_id, call = self._open_call()
+        try:
+            event = do.Incoming(call_id, self.mesh.key, action.protocol, action.payload, self.clock.now())
+            await self.inbox.put_patiently(Lane.REQUEST, event)
+            for _ in range(action.max_frames):
+                payload, last = await call.receive.receive()
+                self.inbox.put(Lane.RESULT, do.Answer(action.request_id, payload, self.clock.now()))
+                if last:
+                    return
+        finally:
+            self._close_call(call_id)
+
+    async def serve(self, protocol: str, stream: MeshStream) -> None:
+        """Handler of a stream protocol: one frame in, as many out as the machines reply."""
+        call_id, call = self._open_call()
+        try:
+            with trio.move_on_after(CALL_TIMEOUT_S):
+                payload = await stream.receive_frame()
+                event = do.Incoming(call_id, stream.peer, protocol, payload, self.clock.now())
+                if not self.inbox.put(Lane.REQUEST, event):
+                    return
+                last = False
+                while not last:
+                    frame, last = await call.receive.receive()
+                    await stream.send_frame(frame)
+        finally:
+            self._close_call(call_id)
+
+    def _open_call(self) -> tuple[int, ServedCall]:
+        call_id, self._next_call = self._next_call, self._next_call + 1
+        call = self._served[call_id] = ServedCall(*trio.open_memory_channel[tuple[bytes, bool]](64))
+        return call_id, call
+
+    def _close_call(self, call_id: int) -> None:
+        call = self._served.pop(call_id)
+        call.frames.close()
+        call.receive.close()
+
+    def _reply(self, action: do.Reply) -> None:
+        call = self._served.get(action.call_id)
+        if call is None:
+            return  # the peer has hung up
+        try:
+            call.frames.send_nowait((action.payload, action.last))
+        except trio.WouldBlock:
+            log.warning("reply dropped: the peer reads too slowly")
+
+    # ── work, ledger, containers ─────────────────────────────────────────────────────────────────────────────────────
+
+    async def _compute(self, action: Action) -> None:
+        assert isinstance(action, do.Compute)
+        try:
+            done = do.WorkDone(action.work_id, await self.computer.run(action.task))
+        except KaisarError as error:
+            done = do.WorkDone(action.work_id, None, str(error))
+        await self.inbox.put_patiently(Lane.RESULT, done)
+
+    async def _submit(self, action: Action) -> None:
+        assert isinstance(action, do.Submit)
+        await self.submitter.submit_once(action.key, action.payload)
+
+    async def _probe(self, action: Action) -> None:
+        assert isinstance(action, do.Probe)
+        up, detail = await self.prober.probe(action.order_id, action.worker, action.port, action.deadline_s)
+        await self.inbox.put_patiently(Lane.RESULT, do.ProbeReport(action.probe_id, up, detail))
+
+    async def _deploy(self, action: Action) -> None:
+        assert isinstance(action, do.Deploy) and self.containers is not None
+        await self.containers.deploy(action)
+
+    async def _stop(self, action: Action) -> None:
+        assert isinstance(action, do.Stop) and self.containers is not None
+        await self.containers.stop(action.order_id)
+
+
+async def _worker(channel: trio.MemoryReceiveChannel[Action], handle: Callable[[Action], Awaitable[None]]) -> None:
+    async with channel:
+        async for action in channel:
+            try:
+                await handle(action)
+            except Exception:  # the edge of the effect: one failed call must not end the node
+                log.exception("%s failed", type(action).__name__)
