@@ -47,6 +47,8 @@ setup:
     # Two small dependencies publish no wheel; they are built by the pinned setuptools, never by a downloaded one.
     install "${pinned[@]}" --no-build-isolation -r requirements-dev.txt
     install --quiet --no-deps --no-build-isolation --editable .
+    # trio-typing, which libp2p wants, brings stubs of trio's past that hide the types in trio itself from mypy.
+    rm -rf .venv/lib/python*/site-packages/trio-stubs
     fingerprint > "$stamp"
     echo "Done: .venv holds everything."
 
