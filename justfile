@@ -18,11 +18,11 @@ setup:
     exec >&2
     python="$PWD/{{ bin }}/python"
     stamp=.venv/.kaisar-setup
-    # What the environment was made from: the pinned sets, this project's metadata, the place, the interpreter.
+    # What the environment was made from: the pinned sets, the metadata, this recipe, the place, the interpreter.
     fingerprint() {
         "$python" -c 'import hashlib, os, sys
     print(hashlib.sha256(b"".join(open(name, "rb").read() for name in sys.argv[1:])).hexdigest(), os.getcwd(), sys.version)' \
-            requirements-build.txt requirements-dev.txt pyproject.toml | tr '\n' ' '
+            requirements-build.txt requirements-dev.txt pyproject.toml justfile | tr '\n' ' '
     }
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(fingerprint)" ]; then exit 0; fi
 
