@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from contextlib import closing
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -60,24 +62,38 @@ def create_file(path: Path, genesis: bytes, time_ms: int, parameters: ChainParam
     """
     if not 0 < len(genesis) <= GENESIS_BYTES:
         raise LedgerError(f"a genesis document of {len(genesis)} bytes", hint=f"1 to {GENESIS_BYTES} bytes")
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft.unlink(missing_ok=True)
-        with translated(path), closing(sqlite3.connect(draft, isolation_level=None)) as connection:
-            network = _write_genesis(connection, genesis, time_ms, parameters)
+        with _draft(path.parent) as draft:
+            with translated(path), closing(sqlite3.connect(draft, isolation_level=None)) as connection:
+                network = _write_genesis(connection, genesis, time_ms, parameters)
+            _publish(draft, path)
+    except OSError as error:
+        hint = "check the directory's owner and mode"
+        raise LedgerError(f"cannot create {path}: {error.strerror}", hint=hint) from error
+    return network
+
+
+@contextmanager
+def _draft(directory: Path) -> Iterator[Path]:
+    handle, name = tempfile.mkstemp(prefix=".ledger-", dir=directory)
+    os.close(handle)
+    try:
+        yield Path(name)
+    finally:
+        os.unlink(name)
+
+
+def _publish(draft: Path, path: Path) -> None:
+    try:
         os.link(draft, path)  # unlike a rename, fails if somebody else was first
-        _sync_directory(path.parent)
     except FileExistsError as error:
         raise LedgerError(f"{path} exists", hint="open it, or name another file") from error
-    except OSError as error:
-        raise LedgerError(
-            f"cannot create {path}: {error.strerror}", hint="check the directory's owner and mode"
-        ) from error
+    handle = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
     finally:
-        if path.parent.is_dir():
-            draft.unlink(missing_ok=True)
-    return network
+        os.close(handle)
 
 
 def _write_genesis(connection: sqlite3.Connection, genesis: bytes, time_ms: int, parameters: ChainParameters) -> bytes:
@@ -95,14 +111,6 @@ def _write_genesis(connection: sqlite3.Connection, genesis: bytes, time_ms: int,
     connection.execute("INSERT INTO blocks VALUES (?, ?, ?, ?, ?)", block)
     connection.execute("COMMIT")
     return network
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def check_version(path: Path, application_id: int, version: int) -> None:
