@@ -1,0 +1,115 @@
+"""Gossip topics: who validates what, and in which lane of the inbox an accepted message waits.
+
+Validation runs on receipt, against the state at that moment; the verdict decides whether the mesh forwards the message and
+what its sender pays for it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from kaisar_p2p.mesh import GossipMessage, Mesh
+from kaisar_p2p.wire.crypto import sha256
+from kaisar_p2p.wire.verdict import Verdict
+from node.inbox import Inbox, Lane
+from protocols.actions import Gossip
+from protocols.adverts import validate_advert, validate_heartbeat
+from protocols.deploy import validate_lease
+from protocols.epochs import validate_epoch
+from protocols.equivocation import validate_evidence
+from protocols.interpreter.state import State
+from protocols.popw import validate_assignment, validate_certificate
+
+Validate = Callable[[bytes, float, State], tuple[Verdict, str, Any]]
+
+SEEN = 16_384
+
+
+@dataclass(frozen=True)
+class Topic:
+    """`heavy` messages carry many signatures and are checked in a worker thread."""
+
+    validate: Validate
+    lane: Lane
+    heavy: bool = False
+
+
+TOPICS: dict[str, Topic] = {
+    "advert": Topic(validate_advert, Lane.ADVERT),
+    "heartbeat": Topic(validate_heartbeat, Lane.ADVERT),
+    "assignment": Topic(validate_assignment, Lane.ADVERT),
+    "certificate": Topic(validate_certificate, Lane.CERTIFICATE, heavy=True),
+    "evidence": Topic(validate_evidence, Lane.EPOCH, heavy=True),
+    "epoch": Topic(validate_epoch, Lane.EPOCH),
+    "lease": Topic(validate_lease, Lane.LEASE, heavy=True),
+}
+
+
+class Seen:
+    """Digests of messages that were accepted: the same bytes again, from whomever, are a duplicate."""
+
+    def __init__(self, most: int = SEEN) -> None:
+        self._most = most
+        self._digests: OrderedDict[bytes, None] = OrderedDict()
+
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self._digests
+
+    def add(self, digest: bytes) -> None:
+        """Remember; the oldest is forgotten."""
+        self._digests[digest] = None
+        if len(self._digests) > self._most:
+            self._digests.popitem(last=False)
+
+
+class Switchboard:
+    """Subscribes to every topic and turns accepted messages into events."""
+
+    def __init__(self, inbox: Inbox, state: Callable[[], State], own_key: bytes, now: Callable[[], float]) -> None:
+        self._inbox = inbox
+        self._state = state
+        self._own_key = own_key
+        self._now = now
+        self._seen = Seen()
+        self._parsed: dict[bytes, Any] = {}
+
+    async def run(self, mesh: Mesh, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Until cancelled; started once all topics are subscribed."""
+        async with trio.open_nursery() as nursery:
+            for name, topic in TOPICS.items():
+                channel = mesh.subscribe(name, self._validator(topic), heavy=topic.heavy)
+                nursery.start_soon(self._deliver, name, topic, channel)
+            task_status.started()
+
+    def echo(self, name: str, data: bytes) -> None:
+        """Our own gossip, for our own machines: validated like anybody's, so that a mistake of ours shows."""
+        topic = TOPICS[name]
+        verdict, _, message = topic.validate(data, self._now(), self._state())
+        if verdict is Verdict.ACCEPT:
+            self._seen.add(sha256(data))
+            self._inbox.put(topic.lane, Gossip(name, message, self._own_key, self._now()))
+
+    def _validator(self, topic: Topic) -> Callable[[bytes, bytes, bytes, float], tuple[Verdict, str]]:
+        def validate(data: bytes, sender: bytes, author: bytes, received_at: float) -> tuple[Verdict, str]:
+            digest = sha256(data)
+            # [IGNORE] the same bytes were accepted before: a replay, or another peer's copy
+            if digest in self._seen:
+                return Verdict.IGNORE, "duplicate"
+            verdict, reason, message = topic.validate(data, received_at, self._state())
+            if verdict is Verdict.ACCEPT:
+                self._seen.add(digest)
+                self._parsed[digest] = message
+            return verdict, reason
+
+        return validate
+
+    async def _deliver(self, name: str, topic: Topic, channel: trio.MemoryReceiveChannel[GossipMessage]) -> None:
+        async for received in channel:
+            message = self._parsed.pop(sha256(received.data), None)
+            if message is not None:
+                self._inbox.put(topic.lane, Gossip(name, message, received.sender, received.received_at))
