@@ -170,9 +170,8 @@ def _expanded(secret: SecretKey) -> bytes:
 
 def _scrypt(passphrase: str, salt: bytes, parameters: tuple[int, int, int]) -> bytes:
     n, p, r = parameters
-    return hashlib.scrypt(
-        passphrase.encode("utf-8", "surrogatepass"), salt=salt, n=n, r=r, p=p, maxmem=_SCRYPT_MAX_MEMORY_BYTES, dklen=32
-    )
+    password = passphrase.encode("utf-8", "surrogatepass")
+    return hashlib.scrypt(password, salt=salt, n=n, r=r, p=p, maxmem=_SCRYPT_MAX_MEMORY_BYTES, dklen=32)
 
 
 def _unusable(why: str) -> IdentityError:

@@ -7,7 +7,7 @@ import re
 from kaisar_p2p.errors import ConfigError
 
 DECIMALS = 18
-PLANCK_PER_KAI = 10**DECIMALS
+PLANCK_PER_KAI: int = 10**DECIMALS
 MAX_PLANCK = 2**128 - 1
 """The largest amount that a Substrate balance (u128) can hold."""
 

@@ -49,25 +49,9 @@ def test_amounts_equal_decimal_arithmetic(planck: int) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "",
-        ".",
-        "1.",
-        ".5",
-        "-1",
-        "+1",
-        "1e3",
-        "1,5",
-        "1_000",
-        " 1",
-        "1\n",
-        "inf",
-        "nan",
-        "0x1",
-        "١",
-        "1.5 KAI",
-        "9" * 5000,
-    ]
-    + ["0." + "0" * 18 + "1", "0." + "0" * 19, "340282366920938463463.374607431768211456", "1" * 30],
+        *("", ".", "1.", ".5", "-1", "+1", "1e3", "1,5", "1_000", " 1", "1\n", "inf", "nan", "0x1", "١", "1.5 KAI"),
+        *("0." + "0" * 18 + "1", "0." + "0" * 19, "340282366920938463463.374607431768211456", "1" * 30, "9" * 5000),
+    ],
 )
 def test_anything_else_is_refused_with_a_hint(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
