@@ -134,7 +134,7 @@ async def _follow_rate(directory: str, *, verify_signatures: bool) -> float:
     async with _ledger(directory, verify_signatures=verify_signatures) as ledger:
         last, calls = (await ledger.finalized()).number, 0
         start = time.perf_counter()
-        async with aclosing(ledger.follow(None)) as blocks:  # type: ignore[type-var]
+        async with aclosing(ledger.follow(None)) as blocks:
             async for block in blocks:
                 calls += len(block.calls)
                 if block.number == last:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
 from functools import partial
 from pathlib import Path
@@ -122,7 +122,7 @@ class EmbeddedLedger:
             raise LedgerCorrupt(f"ledger block {number}: missing", hint="restore the ledger file from a copy")
         return Checkpoint(number, block_hash)
 
-    async def follow(self, checkpoint: Checkpoint | None) -> AsyncIterator[Block]:
+    async def follow(self, checkpoint: Checkpoint | None) -> AsyncGenerator[Block, None]:
         """Finalized blocks after `checkpoint`, verified, for ever; see `Ledger.follow`. Use `contextlib.aclosing`."""
         parent: RawBlock | Block | None = None if checkpoint is None else await self._stored(checkpoint)
         while True:
@@ -220,7 +220,7 @@ class EmbeddedLedger:
     def _due_in_s(self, now_ms: int) -> float:
         block_time_ms = self.parameters.block_time_ms
         by_clock = (self._head.time_ms + block_time_ms - now_ms) / 1000
-        # If the wall clock was set back, the chain goes on at its pace instead of waiting for the clock.
+        # If the wall clock was set back, the chain goes on at half its pace until the clock has caught up.
         by_pace = self._head_seen_s + 2 * block_time_ms / 1000 - trio.current_time()
         return min(by_clock, by_pace)
 

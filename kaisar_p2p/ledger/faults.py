@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -40,10 +40,10 @@ class FaultyLedger:
             return receipt
         return await self.inner.submit(payload, signer)
 
-    async def follow(self, checkpoint: Checkpoint | None) -> AsyncIterator[Block]:
+    async def follow(self, checkpoint: Checkpoint | None) -> AsyncGenerator[Block, None]:
         """As `Ledger.follow`, late."""
         held: list[Block] = []
-        async with aclosing(self.inner.follow(checkpoint)) as blocks:  # type: ignore[type-var]
+        async with aclosing(self.inner.follow(checkpoint)) as blocks:
             async for block in blocks:
                 held.append(block)
                 while len(held) > self.lag_blocks:

@@ -5,7 +5,7 @@ The ledger orders bytes and knows who signed them. What a payload means is the i
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -96,8 +96,10 @@ class Ledger(Protocol):
         """
         ...
 
-    def follow(self, checkpoint: Checkpoint | None) -> AsyncIterator[Block]:
+    def follow(self, checkpoint: Checkpoint | None) -> AsyncGenerator[Block, None]:
         """Every finalized block after `checkpoint` (from block 0 for None), in order and verified; never ends.
+
+        Wrap it in `contextlib.aclosing` when leaving the loop early.
 
         Raises:
             LedgerCorrupt: a broken link, hash or signature; names the block.

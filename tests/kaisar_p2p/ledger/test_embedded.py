@@ -23,7 +23,7 @@ async def take(ledger: Ledger, count: int, checkpoint: Checkpoint | None = None)
     """The first `count` blocks after the checkpoint."""
     blocks: list[Block] = []
     with trio.fail_after(PATIENCE_S):
-        async with aclosing(ledger.follow(checkpoint)) as following:  # type: ignore[type-var]
+        async with aclosing(ledger.follow(checkpoint)) as following:
             async for block in following:
                 blocks.append(block)
                 if len(blocks) == count:

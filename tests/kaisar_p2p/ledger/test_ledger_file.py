@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +68,33 @@ def test_a_new_ledger_holds_its_genesis_and_parameters(make_ledger: Make) -> Non
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]  # no draft, no log left behind
 
 
+def test_commits_reach_the_disk_before_they_count(ledger_path: Path) -> None:
+    with closing(LedgerFile(ledger_path)) as file:
+        pragmas = [file._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("synchronous", "journal_mode")]
+    assert pragmas == [2, "wal"]  # FULL
+
+
 def test_an_existing_ledger_is_not_overwritten(make_ledger: Make) -> None:
     path = make_ledger()
     before = path.read_bytes()
     with pytest.raises(LedgerError, match="exists"):
         make_ledger()
     assert path.read_bytes() == before
+
+
+def test_of_several_who_create_one_wins(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "ledger"
+
+    def create(number: int) -> bytes | None:
+        try:
+            return EmbeddedLedger.create(path, b"document %d" % number, time_ms=START_MS)
+        except LedgerError:
+            return None
+
+    with ThreadPoolExecutor(8) as pool:
+        [network] = [network for network in pool.map(create, range(8)) if network]
+    with closing(LedgerFile(path)) as file:
+        assert file.network == network
 
 
 def test_wrong_parameters_and_documents_are_refused(tmp_path: Path) -> None:
@@ -202,7 +225,7 @@ def test_the_pool_is_bounded_and_drains(make_ledger: Make, make_wallet: Any) -> 
         one, two = make_wallet(1), make_wallet(2)
         append(file, one)
         append(file, one)
-        with pytest.raises(CallRejected, match="2 calls of .* waiting") as rejected:
+        with pytest.raises(CallRejected, match=r"2 calls of .* waiting") as rejected:
             append(file, one)
         assert "next block" in rejected.value.hint
         append(file, two)
@@ -214,14 +237,14 @@ def test_the_pool_is_bounded_and_drains(make_ledger: Make, make_wallet: Any) -> 
 
 def test_replays_used_nonces_and_gaps_are_refused(ledger_path: Path, wallet: Any) -> None:
     with closing(LedgerFile(ledger_path)) as file:
-        with pytest.raises(CallRejected, match="nonce 1 .* too high"):
+        with pytest.raises(CallRejected, match=r"nonce 1 .* too high"):
             append_at(file, wallet, 1)
         append_at(file, wallet, 0)
         for _ in range(2):  # in the pool, then in a block
             with pytest.raises(CallRejected, match="duplicate"):
                 append_at(file, wallet, 0)
             other = sign_call(b"another", 0, wallet, file.network)
-            with pytest.raises(CallRejected, match="nonce 0 .* used") as rejected:
+            with pytest.raises(CallRejected, match=r"nonce 0 .* used") as rejected:
                 file.append(wallet.public_key, lambda _, other=other: (0, other))
             assert "nonce 1" in rejected.value.hint
             with pytest.raises(CallRejected, match="too high"):
@@ -319,7 +342,7 @@ def test_every_accepted_call_is_on_the_chain_once_in_nonce_order(
     assert [call.index for block in blocks for call in block.calls] == [
         (i,) for block in blocks for i in range(len(block.calls))
     ]
-    for one, two in zip(blocks, blocks[1:], strict=False):
+    for one, two in pairwise(blocks):
         assert (two.number, two.parent) == (one.number + 1, one.hash) and two.time_ms > one.time_ms
 
 

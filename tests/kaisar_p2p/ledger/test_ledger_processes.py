@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, aclosing, contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ async def calls_until(ledger: EmbeddedLedger, hashes: set[str]) -> list[Block]:
     """The blocks from 0 on until all these calls have appeared."""
     blocks, missing = [], set(hashes)
     with trio.fail_after(PATIENCE_S):
-        async with aclosing(ledger.follow(None)) as following:  # type: ignore[type-var]
+        async with aclosing(ledger.follow(None)) as following:
             async for block in following:
                 blocks.append(block)
                 missing -= {call.call_hash.hex() for call in block.calls}
@@ -79,7 +80,7 @@ async def test_twelve_processes_submit_to_one_file(make_ledger: Callable[..., Pa
         nonces = {call_hash: nonce for wallet, call_hash, nonce in accepted if wallet == number}
         assert [nonces[call] for call in found if call in nonces] == list(range(len(nonces)))
     times = [block.time_ms for block in blocks]
-    assert all(later - earlier >= 50 for earlier, later in zip(times, times[1:], strict=False))
+    assert all(later - earlier >= 50 for earlier, later in pairwise(times))
 
 
 @pytest.mark.parametrize("kill_after", [1, 4, 17])
