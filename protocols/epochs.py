@@ -15,7 +15,7 @@ VERDICTS, REWARDS, LEASES, EVIDENCE = range(4)
 @message(40)
 @dataclass(frozen=True)
 class MixReveal:
-    """A checker's share of the next mix: VRF proof on (domain "kaisar/mix" ‖ epoch ‖ mix of the epoch); signed."""
+    """A checker's share of the next mix: VRF proof on (domain "kaisar/mix" ‖ epoch, 4 bytes big-endian ‖ its mix)."""
 
     DOMAIN: ClassVar[str] = "kaisar/reveal"
     epoch: U32
@@ -102,12 +102,16 @@ class RewardLeaf:
 @message(47)
 @dataclass(frozen=True)
 class LeaseLeaf:
-    """Witnessed seconds of a lease since its start; `outcome` is deploy.OPEN … EXPIRED."""
+    """Witnessed seconds of a lease since its start; `outcome` is deploy.OPEN … EXPIRED.
+
+    `first_window` and `last_window` are the first and the newest slot in which it was certified as UP; 0 for none.
+    """
 
     order_id: Bytes32
     seconds: U32
     last_window: U32
     outcome: U8
+    first_window: U32 = 0
 
 
 @message(48)
