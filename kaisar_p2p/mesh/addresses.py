@@ -1,0 +1,173 @@
+"""Addresses of peers: which are acceptable, which are known, which are our own. All input here comes from other peers."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import psutil
+
+from kaisar_p2p.errors import ConfigError
+from kaisar_p2p.mesh.ids import id_of, key_of
+
+from libp2p.peer.id import ID  # isort: skip
+
+_MAX_TEXT = 160
+_HOST_PROTOCOLS = ("ip4", "ip6", "dns4", "dns6", "dns")
+
+
+@dataclass(frozen=True)
+class Address:
+    """A TCP address, ``/ip4/<host>/tcp/<port>`` as a multiaddr."""
+
+    kind: str
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"/{self.kind}/{self.host}/tcp/{self.port}"
+
+    @property
+    def is_private(self) -> bool:
+        """Loopback, link-local or of a private network; a name is taken as public."""
+        if not self.kind.startswith("ip"):
+            return False
+        return not ipaddress.ip_address(self.host).is_global
+
+    @property
+    def is_wildcard(self) -> bool:
+        """All interfaces: to listen on, not to dial."""
+        return self.kind.startswith("ip") and ipaddress.ip_address(self.host).is_unspecified
+
+
+def parse(text: str) -> tuple[Address, bytes | None]:
+    """An address and, when the multiaddr ends in ``/p2p/<id>``, the machine key in it.
+
+    Raises ValueError for anything but ``/(ip4|ip6|dns4|dns6|dns)/<host>/tcp/<port>[/p2p/<ed25519 peer id>]``.
+    """
+    parts = text.split("/") if isinstance(text, str) and len(text) <= _MAX_TEXT else []
+    if len(parts) not in (5, 7) or parts[0] or parts[1] not in _HOST_PROTOCOLS or parts[3] != "tcp":
+        raise ValueError(f"not a TCP multiaddr: {text!r:.80}")
+    kind, host = parts[1], parts[2]
+    port = int(parts[4]) if parts[4].isascii() and parts[4].isdigit() else -1
+    if not 0 <= port <= 65535:
+        raise ValueError(f"no port: {text!r:.80}")
+    if kind == "ip4":
+        ipaddress.IPv4Address(host)
+    elif kind == "ip6":
+        ipaddress.IPv6Address(host)
+    elif not host or not all(c.isascii() and (c.isalnum() or c in "-._") for c in host):
+        raise ValueError(f"not a host name: {text!r:.80}")
+    return Address(kind, host, port), _key_in(parts)
+
+
+def _key_in(parts: list[str]) -> bytes | None:
+    if len(parts) == 5:
+        return None
+    if parts[5] != "p2p":
+        raise ValueError("only /p2p may follow the port")
+    key = key_of(ID.from_base58(parts[6]).to_bytes())
+    if key is None:
+        raise ValueError("the peer id is not that of an ed25519 key")
+    return key
+
+
+def peer_of(multiaddr: str) -> tuple[bytes, str]:
+    """Machine key and address in ``/ip4/…/tcp/…/p2p/<id>``, as a user writes it; raises ConfigError."""
+    try:
+        address, key = parse(multiaddr)
+    except ValueError as error:
+        raise ConfigError(
+            f"{multiaddr!r} is not a peer's address: {error}", hint="/ip4/<address>/tcp/<port>/p2p/<id>"
+        ) from None
+    if key is None:
+        raise ConfigError(f"{multiaddr!r} does not name the peer", hint="append /p2p/<peer id>")
+    return key, str(address)
+
+
+def with_peer(address: Address, key: bytes) -> str:
+    """The multiaddr of a peer at an address."""
+    return f"{address}/p2p/{id_of(key)}"
+
+
+def local_addresses(bound: Iterable[Address]) -> tuple[Address, ...]:
+    """What others can dial when these are bound: a wildcard becomes the addresses of the interfaces."""
+    found: list[Address] = []
+    for address in bound:
+        found += _of_interfaces(address) if address.is_wildcard else [address]
+    return tuple(dict.fromkeys(found))
+
+
+def _of_interfaces(wildcard: Address) -> list[Address]:
+    family = socket.AF_INET if wildcard.kind == "ip4" else socket.AF_INET6
+    hosts = [
+        entry.address.split("%")[0]
+        for entries in psutil.net_if_addrs().values()
+        for entry in entries
+        if entry.family == family
+    ]
+    usable = [h for h in hosts if not ipaddress.ip_address(h).is_link_local]
+    outward = [h for h in usable if not ipaddress.ip_address(h).is_loopback]
+    return [Address(wildcard.kind, host, wildcard.port) for host in outward or usable]
+
+
+class AddressBook:
+    """Known addresses of peers; bounded, the peers used least recently are forgotten first."""
+
+    def __init__(self, *, allow_private: bool, peers: int, addresses_per_peer: int) -> None:
+        self._allow_private = allow_private
+        self._peers = peers
+        self._per_peer = addresses_per_peer
+        self._known: OrderedDict[bytes, dict[Address, None]] = OrderedDict()
+        self._pinned: set[bytes] = set()
+
+    def pin(self, key: bytes) -> None:
+        """Never forget this peer."""
+        self._pinned.add(key)
+
+    def add(self, key: bytes, multiaddrs: Iterable[str], *, trusted: bool = False) -> int:
+        """Note addresses of a peer, newest last; what cannot be dialed is left out. Returns how many were taken."""
+        taken = 0
+        for text in multiaddrs:
+            try:
+                address, named = parse(text)
+            except ValueError:
+                continue
+            if named not in (None, key) or address.port == 0 or address.is_wildcard:
+                continue
+            if address.is_private and not (self._allow_private or trusted):
+                continue
+            taken += self._note(key, address)
+        return taken
+
+    def _note(self, key: bytes, address: Address) -> int:
+        addresses = self._known.setdefault(key, {})
+        self._known.move_to_end(key)
+        is_new = address not in addresses
+        addresses.pop(address, None)
+        addresses[address] = None
+        while len(addresses) > self._per_peer:
+            addresses.pop(next(iter(addresses)))
+        if len(self._known) > self._peers:
+            self._forget_oldest()
+        return int(is_new)
+
+    def _forget_oldest(self) -> None:
+        oldest = next((key for key in self._known if key not in self._pinned), None)
+        if oldest is not None:
+            del self._known[oldest]
+
+    def confirm(self, key: bytes, address: Address) -> None:
+        """The peer answered there: dial it first next time."""
+        self._note(key, address)
+
+    def of(self, key: bytes) -> tuple[Address, ...]:
+        """Addresses to dial, the most promising first."""
+        return tuple(reversed(self._known.get(key, {})))
+
+    def keys(self) -> list[bytes]:
+        """All known peers."""
+        return list(self._known)

@@ -1,0 +1,87 @@
+"""What a mesh may use: every size, rate, queue and time that a peer could otherwise choose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class MeshLimits:
+    """Bounds of one node; the defaults suit a swarm of tens of nodes on one machine as well as a small server.
+
+    Sizes are bytes, times seconds, rates per second. A peer that exceeds a rate is read more slowly; one that exceeds a size is cut off.
+    """
+
+    message_bytes: int = 256 * 1024  # payload of one gossip message
+    messages_per_s: float = 200.0  # gossip messages of one peer, sustained
+    messages_burst: int = 1000
+    bytes_per_s: float = 4 * 1024 * 1024  # gossip bytes of one peer, sustained
+    bytes_burst: int = 16 * 1024 * 1024
+    request_bytes: int = 4 * 1024 * 1024  # upper bound of any frame limit that a caller may ask for
+    streams_per_connection: int = 64  # that a peer may have open towards us
+    opens_per_s: float = 100.0  # streams that a peer may open, sustained
+    opens_burst: int = 400
+    connections: int = 160
+    connections_per_address: int = 64
+    handshakes: int = 32  # unauthenticated connections at a time
+    handshake_s: float = 10.0
+    negotiation_s: float = 10.0  # multistream-select on a new stream
+    dial_s: float = 5.0  # one address
+    keepalive_s: float = 10.0  # ping interval; a connection silent for three of them is dead
+    outbound_frames: int = 512  # gossip frames waiting for one peer, the oldest give way
+    outbound_bytes: int = 4 * 1024 * 1024
+    send_stall_s: float = 30.0  # a peer that does not read its gossip for so long is disconnected
+    seen_messages: int = 16384
+    seen_s: float = 120.0
+    heartbeat_s: float = 1.0
+    ban_s: float = 300.0
+    known_peers: int = 1024  # address book
+    addresses_per_peer: int = 8
+    target_peers: int = 8  # connections that the node looks for by itself
+    exchange_s: float = 30.0  # interval of asking a random peer for more peers
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """What one node's mesh is.
+
+    `listen` are multiaddrs ``/ip4/<address>/tcp/<port>`` (port 0: any free one), `network` is the network's name in topics,
+    `announce` replaces the addresses that the node tells others, `allow_private` says whether loopback and private addresses of
+    others are dialed (default: when the node itself listens on one).
+    """
+
+    listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
+    network: str = "testnet"
+    announce: tuple[str, ...] = ()
+    allow_private: bool | None = None
+    limits: MeshLimits = field(default_factory=MeshLimits)
+
+
+class TokenBucket:
+    """Rate limit with a burst; starts full. Times are seconds of any monotonic clock."""
+
+    __slots__ = ("_burst", "_rate_per_s", "_tokens", "_updated")
+
+    def __init__(self, rate_per_s: float, burst: float, now: float) -> None:
+        self._rate_per_s = rate_per_s
+        self._burst = burst
+        self._tokens = float(burst)
+        self._updated = now
+
+    def take(self, amount: float, now: float) -> float:
+        """Take `amount` in any case; the seconds to wait until the bucket is no longer in debt."""
+        self._refill(now)
+        self._tokens -= amount
+        return 0.0 if self._tokens >= 0 else -self._tokens / self._rate_per_s
+
+    def try_take(self, amount: float, now: float) -> bool:
+        """Take `amount` if it is there."""
+        self._refill(now)
+        if self._tokens < amount:
+            return False
+        self._tokens -= amount
+        return True
+
+    def _refill(self, now: float) -> None:
+        self._tokens = min(self._burst, self._tokens + max(0.0, now - self._updated) * self._rate_per_s)
+        self._updated = now

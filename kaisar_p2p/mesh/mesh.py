@@ -1,0 +1,364 @@
+"""The mesh of one node: gossip, request streams and the peers behind them, named by their machine keys."""
+
+from __future__ import annotations
+
+import logging
+import random
+import secrets
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import trio
+from nacl.signing import SigningKey
+
+from kaisar_p2p.errors import MeshError, PeerUnreachable, RequestFailed
+from kaisar_p2p.mesh import discovery
+from kaisar_p2p.mesh.addresses import Address, AddressBook, local_addresses, parse, with_peer
+from kaisar_p2p.mesh.discovery import Discovery
+from kaisar_p2p.mesh.gossip import Gossip, GossipMessage, Validator
+from kaisar_p2p.mesh.ids import key_pair_of
+from kaisar_p2p.mesh.limits import MeshConfig, TokenBucket
+from kaisar_p2p.mesh.negotiation import confirm, proposal
+from kaisar_p2p.mesh.network import Connection, Host, Network
+from kaisar_p2p.mesh.reputation import Reputation
+from kaisar_p2p.mesh.streams import MeshStream
+from kaisar_p2p.mesh.yamux import MuxedStream
+
+from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamError  # isort: skip
+
+log = logging.getLogger(__name__)
+
+_BUCKETS = 4096
+
+
+@dataclass(frozen=True)
+class PeerInfo:
+    """A connected peer: `connected_since` is Unix-less trio time in seconds, `rtt_s` None until the first ping came back."""
+
+    key: bytes
+    addresses: tuple[str, ...]
+    inbound: bool
+    connected_since: float
+    score: float
+    rtt_s: float | None
+
+
+@dataclass(frozen=True)
+class MeshStatistics:
+    """Counters since the start.
+
+    `messages` counts per (topic, verdict): accept, ignore, reject, published; and, under the topic "", duplicate and unwanted.
+    `dropped` counts messages that a slow subscriber lost per topic, `refused` connections and streams that a limit refused, by reason.
+    """
+
+    connections: int
+    peers: int
+    messages: dict[tuple[str, str], int]
+    dropped: dict[str, int]
+    dropped_frames: int
+    refused: dict[str, int]
+    failed_handlers: dict[str, int]
+    sent_bytes: int
+    received_bytes: int
+
+
+@dataclass
+class _Service:
+    handler: Callable[[MeshStream], Awaitable[None]]
+    max_frame_bytes: int
+    per_peer: int
+    rate_per_s: float
+    active: Counter[bytes] = field(default_factory=Counter)
+    buckets: OrderedDict[bytes, TokenBucket] = field(default_factory=OrderedDict)
+
+    def admits(self, peer: bytes, now: float) -> bool:
+        """One more stream of this peer is within the limits."""
+        bucket = self.buckets.setdefault(peer, TokenBucket(self.rate_per_s, max(2 * self.rate_per_s, 1), now))
+        self.buckets.move_to_end(peer)
+        if len(self.buckets) > _BUCKETS:
+            self.buckets.popitem(last=False)
+        return self.active[peer] < self.per_peer and bucket.try_take(1, now)
+
+
+class Mesh:
+    """One node in the mesh; made by `open_mesh`."""
+
+    def __init__(self, config: MeshConfig, seed: bytes) -> None:
+        signing_key = SigningKey(seed)
+        rng = random.Random(secrets.randbits(128))
+        self.key = bytes(signing_key.verify_key)
+        self.config = config
+        self._network = Network(key_pair_of(seed), config.limits)
+        self._reputation = Reputation(config.limits.ban_s)
+        self._book = AddressBook(
+            allow_private=_allows_private(config),
+            peers=config.limits.known_peers,
+            addresses_per_peer=config.limits.addresses_per_peer,
+        )
+        self._gossip = Gossip(self._network, signing_key, f"/kaisar/{config.network}", self._reputation, rng)
+        self._discovery = Discovery(self._network, self._book, self._ask_peers, self._own_addresses, rng)
+        self._host = Host(self._network, lambda: self.addrs)
+        self._failed_handlers: Counter[str] = Counter()
+        self._sent = self._received = 0  # bytes of connections that are over
+        self._changed = trio.Event()
+        self._network.handlers[discovery.PROTOCOL] = self._serve_exchange
+        self._network.on_connected = self._on_connected
+        self._network.on_disconnected = self._on_disconnected
+        self._network.is_banned = lambda key: self._reputation.is_banned(key, trio.current_time())
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    async def _start(self, nursery: trio.Nursery) -> None:
+        self._network.run_in(nursery)
+        await self._network.listen_on(self.config.listen)
+        await nursery.start(self._gossip.run)
+        await nursery.start(self._discovery.run)
+
+    def _on_connected(self, connection: Connection) -> None:
+        self._gossip.on_connected(connection)
+        self._discovery.on_connected(connection)
+        self._wake()
+
+    def _on_disconnected(self, connection: Connection) -> None:
+        self._sent += connection.muxer.sent_bytes
+        self._received += connection.muxer.received_bytes
+        self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    # -- who and where ------------------------------------------------------------------------------------------------
+
+    @property
+    def addrs(self) -> tuple[str, ...]:
+        """Multiaddrs of this node, with the real ports and its peer id."""
+        return tuple(with_peer(address, self.key) for address in self._own_addresses())
+
+    def _own_addresses(self) -> tuple[Address, ...]:
+        if self.config.announce:
+            return tuple(parse(text)[0] for text in self.config.announce)
+        return local_addresses(self._network.bound)
+
+    def add_addresses(self, peer: bytes, addrs: Iterable[str]) -> None:
+        """Note where a peer may be reached; whatever is not a usable address is left out."""
+        if peer != self.key:
+            self._book.add(peer, addrs)
+
+    def keep_connected(self, peer: bytes, addrs: Iterable[str]) -> None:
+        """Stay connected with a bootstrap peer: redial for ever, with exponential backoff and jitter."""
+        if peer != self.key:
+            self._book.add(peer, addrs, trusted=True)
+            self._discovery.keep(peer)
+
+    def peers(self) -> list[PeerInfo]:
+        """The connected peers."""
+        now = trio.current_time()
+        found = ((key, self._network.connection_to(key)) for key in self._network.connected_keys())
+        return [
+            PeerInfo(
+                key=key,
+                addresses=tuple(map(str, self._book.of(key))),
+                inbound=connection.inbound,
+                connected_since=connection.since,
+                score=self._reputation.score(key, now),
+                rtt_s=connection.muxer.rtt_s,
+            )
+            for key, connection in found
+            if connection is not None
+        ]
+
+    def is_connected(self, peer: bytes) -> bool:
+        """There is a connection with this peer."""
+        return self._network.connection_to(peer) is not None
+
+    async def wait_connected(self, n: int = 1) -> None:
+        """Wait until at least `n` peers are connected."""
+        await self.wait_until(lambda: len(self._network.connected_keys()) >= n)
+
+    async def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait for a condition on the connections; it is looked at whenever one comes or goes."""
+        while not condition():
+            await self._changed.wait()
+        await trio.lowlevel.checkpoint()
+
+    def statistics(self) -> MeshStatistics:
+        """Counters since the start."""
+        open_now = [c for key in self._network.connected_keys() for c in self._network.connections_with(key)]
+        return MeshStatistics(
+            connections=len(open_now),
+            peers=len(self._network.connected_keys()),
+            messages=dict(self._gossip.verdicts),
+            dropped=dict(self._gossip.dropped),
+            dropped_frames=self._gossip.dropped_frames(),
+            refused=dict(self._network.refused),
+            failed_handlers=dict(self._failed_handlers),
+            sent_bytes=self._sent + sum(c.muxer.sent_bytes for c in open_now),
+            received_bytes=self._received + sum(c.muxer.received_bytes for c in open_now),
+        )
+
+    # -- gossip -------------------------------------------------------------------------------------------------------
+
+    async def publish(self, topic: str, data: bytes) -> None:
+        """Sign `data` and send it to the subscribers of a topic (short name, such as "advert"); not echoed to ourselves.
+
+        Raises LimitExceeded when it is larger than `message_bytes`. A slow peer loses the oldest messages, never stalls us.
+        """
+        self._gossip.publish(topic, data)
+        await trio.lowlevel.checkpoint()
+
+    def subscribe(
+        self, topic: str, validate: Validator, *, queue: int = 256, heavy: bool = False
+    ) -> trio.MemoryReceiveChannel[GossipMessage]:
+        """Receive a topic. `validate(data, sender, author, received_at)` judges every message on receipt.
+
+        ACCEPT: queued for us and forwarded. IGNORE: dropped, nobody's fault. REJECT: dropped and held against the sender, who is
+        disconnected and refused for a while when it repeats. A validator that raises is our bug: logged, IGNORE. With `heavy` it runs
+        in a worker thread. When the queue is full, the oldest message gives way. One subscriber per topic (ValueError).
+        """
+        return self._gossip.subscribe(topic, validate, queue=queue, heavy=heavy)
+
+    def subscribers(self, topic: str) -> list[bytes]:
+        """Connected peers that take part in a topic."""
+        return self._gossip.subscribers(topic)
+
+    # -- streams ------------------------------------------------------------------------------------------------------
+
+    def serve(
+        self,
+        protocol: str,
+        handler: Callable[[MeshStream], Awaitable[None]],
+        *,
+        max_frame_bytes: int,
+        per_peer: int = 8,
+        rate_per_s: float = 20.0,
+    ) -> None:
+        """Answer streams of a protocol.
+
+        A peer may have `per_peer` of them open and open `rate_per_s` a second (twice that at once); more are reset. The stream is
+        closed when the handler returns, and reset, with a log entry, when it raises.
+        """
+        service = _Service(handler, max_frame_bytes, per_peer, rate_per_s)
+        self._network.handlers[protocol] = partial(self._serve, protocol, service)
+
+    async def _serve(self, protocol: str, service: _Service, connection: Connection, stream: MuxedStream) -> None:
+        peer = connection.key
+        if not service.admits(peer, trio.current_time()):
+            self._network.refused[protocol] += 1
+            stream.reset_nowait()
+            return
+        service.active[peer] += 1
+        try:
+            async with MeshStream(stream, peer, protocol, service.max_frame_bytes) as mesh_stream:
+                await service.handler(mesh_stream)
+        except MeshError as error:
+            log.debug("%s with %s ended: %s", protocol, peer.hex()[:12], error)
+        except Exception:  # the edge of the stream's task: a bug in a handler costs this stream only
+            self._failed_handlers[protocol] += 1
+            log.exception("the handler of %s failed", protocol)
+        finally:
+            service.active[peer] -= 1
+            if not service.active[peer]:
+                del service.active[peer]
+
+    async def open_stream(self, peer: bytes, protocol: str, *, timeout_s: float, max_frame_bytes: int) -> MeshStream:
+        """A stream to a peer, which is dialed if need be.
+
+        Raises PeerUnreachable, or RequestFailed when the peer does not speak the protocol or takes longer than `timeout_s`.
+        """
+        try:
+            with trio.fail_after(timeout_s):
+                connection = await self._connect(peer)
+                return await self._open(connection, protocol, max_frame_bytes)
+        except trio.TooSlowError:
+            raise RequestFailed(f"peer {peer.hex()[:12]} did not open {protocol} within {timeout_s} s") from None
+
+    async def _open(self, connection: Connection, protocol: str, max_frame_bytes: int) -> MeshStream:
+        stream = self._propose(connection)
+        try:
+            await stream.write(proposal(protocol))
+            await confirm(stream, protocol)
+        except MuxedStreamError:
+            raise RequestFailed("the peer reset the stream") from None
+        except BaseException:
+            stream.reset_nowait()
+            raise
+        return MeshStream(stream, connection.key, protocol, max_frame_bytes)
+
+    async def request(
+        self, peer: bytes, protocol: str, payload: bytes, *, deadline_s: float, max_reply_bytes: int
+    ) -> bytes:
+        """Send one frame, receive one frame, all within `deadline_s`. Raises PeerUnreachable or RequestFailed."""
+        try:
+            with trio.fail_after(deadline_s):
+                return await self._request_on(await self._connect(peer), protocol, payload, max_reply_bytes)
+        except trio.TooSlowError:
+            raise RequestFailed(f"peer {peer.hex()[:12]} did not answer {protocol} within {deadline_s} s") from None
+
+    async def _request_on(self, connection: Connection, protocol: str, payload: bytes, max_reply_bytes: int) -> bytes:
+        stream = self._propose(connection)
+        frames = MeshStream(stream, connection.key, protocol, max_reply_bytes)
+        frames.expect_confirmation()  # protocol and question leave together: one round trip
+        async with frames:
+            await frames.send_some(proposal(protocol) + len(payload).to_bytes(4, "big") + payload)
+            await frames.send_eof()
+            return await frames.receive_frame()
+
+    def _propose(self, connection: Connection) -> MuxedStream:
+        try:
+            return connection.muxer.open_stream_nowait()
+        except MuxedConnUnavailable:
+            raise RequestFailed(f"the connection with {connection.key.hex()[:12]} has ended") from None
+
+    async def _connect(self, peer: bytes) -> Connection:
+        if peer == self.key:
+            raise PeerUnreachable("a node does not dial itself")
+        return self._network.connection_to(peer) or await self._discovery.connect(peer)
+
+    # -- peer exchange ------------------------------------------------------------------------------------------------
+
+    async def _ask_peers(self, connection: Connection, payload: bytes) -> bytes:
+        return await self._request_on(connection, discovery.PROTOCOL, payload, discovery.FRAME_BYTES)
+
+    async def _serve_exchange(self, connection: Connection, stream: MuxedStream) -> None:
+        async with MeshStream(stream, connection.key, discovery.PROTOCOL, discovery.FRAME_BYTES) as frames:
+            with trio.fail_after(self.config.limits.negotiation_s):
+                await self._discovery.serve(connection, frames)
+
+
+def _allows_private(config: MeshConfig) -> bool:
+    if config.allow_private is not None:
+        return config.allow_private
+    try:
+        return any(parse(text)[0].is_private for text in config.listen)
+    except ValueError:
+        return False
+
+
+@asynccontextmanager
+async def open_mesh(config: MeshConfig, seed: bytes) -> AsyncIterator[Mesh]:
+    """Run a node's mesh for as long as the context lasts; `seed` is the 32-byte seed of the machine key.
+
+    Raises PortUnavailable or ConfigError when it cannot listen. Leaving the context closes every connection at once.
+    """
+    mesh = Mesh(config, seed)
+    try:
+        async with trio.open_nursery() as nursery:
+            await mesh._start(nursery)
+            try:
+                yield mesh
+            finally:
+                nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        raise _only_cause(group) from None
+
+
+def _only_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The exception inside a group of one: a caller catches PortUnavailable, not a group that holds it."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error

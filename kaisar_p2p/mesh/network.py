@@ -1,0 +1,418 @@
+"""The libp2p network of one node: listening, dialing, connections and their streams.
+
+A subclass of the library's Swarm, so that its protocols (identify, ping, relay) work on it; what an untrusted peer can reach is
+overridden here, and only here. The library, as of 0.8.1:
+
+* listens with SO_REUSEPORT, so that a second node on the same port silently gets half of the connections → `listen_on`;
+* holds an inbound slot until the swarm stops: 250 inbound connections in a life → `_serve_inbound`;
+* lets an exception of a stream handler end the process → `Connection._handle`;
+* waits 250 ms in every dial and remembers a failed one for 60 s → `dial`;
+* leaves a reset connection in `connections` when its close is cancelled → `Connection.run` owns the whole life;
+* names its own muxer, whatever the options say → `_Upgrader`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
+from typing import Any
+
+import trio
+
+from kaisar_p2p.errors import ConfigError, PeerUnreachable, PortUnavailable
+from kaisar_p2p.mesh.addresses import Address, parse
+from kaisar_p2p.mesh.ids import id_of, key_of
+from kaisar_p2p.mesh.limits import MeshLimits
+from kaisar_p2p.mesh.negotiation import respond
+from kaisar_p2p.mesh.noise import PROTOCOL_ID as NOISE_ID
+from kaisar_p2p.mesh.noise import NoiseSession, NoiseTransport
+from kaisar_p2p.mesh.yamux import MuxedStream, Muxer
+
+from libp2p.abc import IMuxedConn, ISecureConn  # isort: skip
+from libp2p.connection_types import ConnectionType  # isort: skip
+from libp2p.crypto.keys import KeyPair  # isort: skip
+from libp2p.custom_types import TProtocol  # isort: skip
+from libp2p.host.basic_host import BasicHost  # isort: skip
+from libp2p.host.ping import ID as PING_ID  # isort: skip
+from libp2p.host.ping import PingService  # isort: skip
+from libp2p.identity.identify.identify import ID as IDENTIFY_ID  # isort: skip
+from libp2p.identity.identify.identify import identify_handler_for  # isort: skip
+from libp2p.io.trio import TrioTCPStream  # isort: skip
+from libp2p.network.config import ConnectionConfig  # isort: skip
+from libp2p.network.connection.raw_connection import RawConnection  # isort: skip
+from libp2p.network.connection.swarm_connection import SwarmConn  # isort: skip
+from libp2p.network.exceptions import SwarmException  # isort: skip
+from libp2p.network.stream.net_stream import NetStream, StreamState  # isort: skip
+from libp2p.network.swarm import Swarm  # isort: skip
+from libp2p.peer.id import ID  # isort: skip
+from libp2p.peer.peerstore import PeerStore  # isort: skip
+from libp2p.rcmgr import Direction  # isort: skip
+from libp2p.stream_muxer.exceptions import MuxedConnUnavailable  # isort: skip
+from libp2p.stream_muxer.muxer_multistream import MuxerMultistream  # isort: skip
+from libp2p.transport.upgrader import TransportUpgrader  # isort: skip
+from multiaddr import Multiaddr  # isort: skip
+
+log = logging.getLogger(__name__)
+
+_YAMUX_ID = TProtocol("/yamux/1.0.0")
+_BACKLOG = 128
+
+StreamHandler = Callable[["Connection", MuxedStream], Awaitable[None]]
+
+
+class TcpStream(TrioTCPStream):
+    """The library's TCP stream with an answer for IPv6, and whose close never blocks."""
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        """Address and port of the peer."""
+        if self._cached_remote_address is None:
+            try:
+                host, port = self.stream.socket.getpeername()[:2]
+            except OSError:
+                return None
+            self._cached_remote_address = (str(host), int(port))
+        return self._cached_remote_address
+
+
+class _MuxerSelection(MuxerMultistream):
+    """Our yamux; the library's version constructs its own whatever it was given."""
+
+    def __init__(self, limits: MeshLimits) -> None:
+        super().__init__({_YAMUX_ID: Muxer}, negotiate_timeout=int(limits.negotiation_s))
+        self._limits = limits
+
+    async def new_conn(self, conn: ISecureConn, peer_id: ID) -> IMuxedConn:
+        protocol, _ = await self._selector.select(conn, conn.is_initiator, self.negotiate_timeout)
+        assert isinstance(conn, NoiseSession)
+        return self._annotate_connection(Muxer(conn, peer_id, limits=self._limits), conn, protocol)
+
+
+class _Upgrader(TransportUpgrader):
+    """Noise and our yamux, nothing else: the library offers plaintext by default."""
+
+    def __init__(self, key_pair: KeyPair, limits: MeshLimits) -> None:
+        super().__init__({NOISE_ID: NoiseTransport(key_pair)}, {})
+        self.muxer_multistream = _MuxerSelection(limits)
+
+
+class Connection(SwarmConn):
+    """An authenticated connection and the tasks of its streams; `run` is its whole life."""
+
+    swarm: Network
+
+    def __init__(self, muxer: Muxer, network: Network, *, inbound: bool, key: bytes) -> None:
+        # Not SwarmConn.__init__: it logs to the root logger, which then prints everything of every library.
+        self.muxed_conn = muxer
+        self.muxer = muxer
+        self.swarm = network
+        self.streams = set()
+        self.event_closed, self.event_started = trio.Event(), trio.Event()
+        self._created_at = trio.current_time()
+        self._resource_scope = None
+        self._direction = Direction.INBOUND if inbound else Direction.OUTBOUND
+        self._actual_transport_addresses = muxer.get_transport_addresses()
+        self._connection_type = ConnectionType.DIRECT
+        self._negotiated_security_protocol = str(NOISE_ID)
+        self._negotiated_muxer_protocol = str(_YAMUX_ID)
+        self.key = key
+        self.inbound = inbound
+        self.instance: bytes | None = None  # of the peer's process, told in the peer exchange
+        self.since = self._created_at
+        self.address: Address | None = None  # that we dialed
+
+    @property
+    def remote_host(self) -> str:
+        """IP address of the other end, "" when it is gone."""
+        address = self.muxer.get_remote_address()
+        return address[0] if address else ""
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Live until either side closes; never raises but for cancellation."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.muxer.start)
+                await self.muxer.event_started.wait()
+                self.event_started.set()
+                self.swarm.register(self)
+                task_status.started()
+                nursery.start_soon(self._accept_streams, nursery)
+                await self.muxer.event_closed.wait()
+                nursery.cancel_scope.cancel()
+        finally:
+            self.event_closed.set()
+            self.swarm.remove_conn(self)
+
+    async def _accept_streams(self, nursery: trio.Nursery) -> None:
+        while True:
+            try:
+                nursery.start_soon(self._handle, await self.muxer.accept_stream())
+            except MuxedConnUnavailable:
+                return
+
+    async def _handle(self, stream: MuxedStream) -> None:
+        """One inbound stream. Nothing that it does, and no bug of its handler, leaves this task."""
+        try:
+            with trio.fail_after(self.swarm.limits.negotiation_s):
+                protocol = await respond(stream, self.swarm.handlers.__contains__)
+            await self.swarm.handlers[protocol](self, stream)
+        except Exception as error:  # noqa: BLE001  (the edge of the stream's task)
+            log.debug("stream from %s ends: %r", self.muxer.peer_id, error)
+            stream.reset_nowait()
+
+    async def close(self) -> None:
+        """Close politely; `run` does the rest."""
+        with trio.CancelScope(shield=True):
+            await self.muxer.close()
+
+
+class Network(Swarm):
+    """Connections of one node. `run_in` gives it the nursery that owns them; they are all gone when that ends."""
+
+    def __init__(self, key_pair: KeyPair, limits: MeshLimits) -> None:
+        peer_id = ID.from_pubkey(key_pair.public_key)
+        peerstore = PeerStore()
+        peerstore.add_key_pair(peer_id, key_pair)
+        super().__init__(
+            peer_id,
+            peerstore,
+            _Upgrader(key_pair, limits),
+            transports=[],
+            connection_config=ConnectionConfig(
+                inbound_upgrade_timeout=limits.handshake_s,
+                outbound_upgrade_timeout=limits.handshake_s,
+            ),
+        )
+        self.limits = limits
+        self.bound: tuple[Address, ...] = ()
+        self.handlers: dict[str, StreamHandler] = {}
+        self.on_connected: Callable[[Connection], None] = lambda _connection: None
+        self.on_disconnected: Callable[[Connection], None] = lambda _connection: None
+        self.is_banned: Callable[[bytes], bool] = lambda _key: False
+        self.refused: Counter[str] = Counter()
+        self._open: dict[bytes, list[Connection]] = {}
+        self._per_host: Counter[str] = Counter()
+        self._handshaking = 0
+        self._dialing: dict[bytes, trio.Event] = {}
+        self._nursery: trio.Nursery | None = None
+
+    def _init_connection_management(self) -> None:
+        """None of the library's: its auto-connector, pruner and tag store. `kaisar_p2p.mesh.discovery` does that."""
+
+    # -- connections --------------------------------------------------------------------------------------------------
+
+    def run_in(self, nursery: trio.Nursery) -> None:
+        """Connections live in this nursery, until it is cancelled."""
+        self._nursery = nursery
+
+    def register(self, connection: Connection) -> None:
+        """A connection is ready for streams."""
+        self._open.setdefault(connection.key, []).append(connection)
+        self.connections.setdefault(connection.muxer.peer_id, []).append(connection)
+        self.on_connected(connection)
+
+    def remove_conn(self, swarm_conn: SwarmConn) -> None:
+        """A connection is over."""
+        assert isinstance(swarm_conn, Connection)
+        for table, key in ((self._open, swarm_conn.key), (self.connections, swarm_conn.muxer.peer_id)):
+            entries: list[Any] = table.get(key, [])  # type: ignore[call-overload]
+            if swarm_conn in entries:
+                entries.remove(swarm_conn)
+                if not entries:
+                    del table[key]  # type: ignore[arg-type]
+                if table is self._open:
+                    self.on_disconnected(swarm_conn)
+
+    def connection_to(self, key: bytes) -> Connection | None:
+        """The newest open connection with a peer."""
+        entries = self._open.get(key)
+        return entries[-1] if entries else None
+
+    def connections_with(self, key: bytes) -> list[Connection]:
+        """All open connections with a peer, oldest first."""
+        return list(self._open.get(key, ()))
+
+    def connected_keys(self) -> list[bytes]:
+        """Peers that we are connected with."""
+        return list(self._open)
+
+    @property
+    def connection_count(self) -> int:
+        """Open connections."""
+        return sum(len(entries) for entries in self._open.values())
+
+    def get_total_connections(self) -> int:
+        """Open connections, for the library."""
+        return self.connection_count
+
+    async def add_conn(self, muxed_conn: IMuxedConn, direction: str = "unknown") -> Connection:
+        """Start a connection that has been upgraded; called by the library's upgrade."""
+        assert isinstance(muxed_conn, Muxer)
+        key = key_of(muxed_conn.peer_id.to_bytes())
+        if key is None or muxed_conn.peer_id == self.self_id or self.is_banned(key):
+            self.refused["peer"] += 1
+            raise SwarmException(f"not connecting with {muxed_conn.peer_id}: ourselves, banned or not an ed25519 key")
+        if self.connection_count >= self.limits.connections:
+            self.refused["connections"] += 1
+            raise SwarmException("no connection left")
+        assert self._nursery is not None
+        connection = Connection(muxed_conn, self, inbound=direction == "inbound", key=key)
+        await self._nursery.start(connection.run)
+        return connection
+
+    # -- listening ----------------------------------------------------------------------------------------------------
+
+    async def listen_on(self, multiaddrs: Iterable[str]) -> None:
+        """Bind and accept; raises PortUnavailable, or ConfigError for what is not ``/ip4/…/tcp/…``."""
+        assert self._nursery is not None
+        listeners: list[trio.SocketListener] = []
+        try:
+            for text in multiaddrs:
+                listeners += await _bind(text)
+        except BaseException:
+            for listener in listeners:
+                await listener.aclose()
+            raise
+        self.bound = tuple(_bound_address(listener) for listener in listeners)
+        self._nursery.start_soon(partial(trio.serve_listeners, self._serve_inbound, listeners))
+
+    async def _serve_inbound(self, stream: trio.SocketStream) -> None:
+        """One accepted connection, from its first byte to its end."""
+        tcp = TcpStream(stream)
+        host = (tcp.get_remote_address() or ("", 0))[0]
+        reason = self._refusal(host)
+        if reason is not None:
+            self.refused[reason] += 1
+            await stream.aclose()
+            return
+        self._per_host[host] += 1
+        try:
+            muxer = await self._upgrade_inbound(tcp)
+            if muxer is not None:
+                await muxer.event_closed.wait()
+        finally:
+            self._per_host[host] -= 1
+            if not self._per_host[host]:
+                del self._per_host[host]
+            await trio.aclose_forcefully(stream)
+
+    def _refusal(self, host: str) -> str | None:
+        if self._handshaking >= self.limits.handshakes:
+            return "handshakes"
+        if self.connection_count >= self.limits.connections:
+            return "connections"
+        if self._per_host[host] >= self.limits.connections_per_address:
+            return "address"
+        return None
+
+    async def _upgrade_inbound(self, tcp: TcpStream) -> IMuxedConn | None:
+        self._handshaking += 1
+        try:
+            with trio.fail_after(self.limits.handshake_s):
+                return await self.upgrade_inbound_raw_conn(RawConnection(tcp, False), Multiaddr("/ip4/0.0.0.0/tcp/0"))
+        except Exception as error:  # noqa: BLE001  (the edge: a handshake made of garbage can raise anything)
+            self.refused["handshake"] += 1
+            log.debug("inbound handshake with %s failed: %r", tcp.get_remote_address(), error)
+            return None
+        finally:
+            self._handshaking -= 1
+
+    # -- dialing ------------------------------------------------------------------------------------------------------
+
+    async def dial(self, key: bytes, addresses: Iterable[Address]) -> Connection:
+        """The open connection with a peer, or a new one to the first of its addresses that answers as that peer.
+
+        Raises PeerUnreachable. Concurrent dials of one peer share one attempt.
+        """
+        while True:
+            connection = self.connection_to(key)
+            if connection is not None:
+                return connection
+            ongoing = self._dialing.get(key)
+            if ongoing is None:
+                break
+            await ongoing.wait()
+        self._dialing[key] = done = trio.Event()
+        try:
+            return await self._dial_each(key, tuple(addresses))
+        finally:
+            del self._dialing[key]
+            done.set()
+
+    async def _dial_each(self, key: bytes, addresses: tuple[Address, ...]) -> Connection:
+        if self.is_banned(key):
+            raise PeerUnreachable(
+                f"peer {key.hex()[:12]} is banned for misbehaviour", hint="it is forgotten after a few minutes"
+            )
+        causes: list[str] = []
+        for address in addresses:
+            try:
+                with trio.fail_after(self.limits.dial_s):
+                    return await self._dial_address(key, address)
+            except Exception as error:  # noqa: BLE001  (the edge: the handshake of a stranger can raise anything)
+                cause = error.__cause__ or error
+                causes.append(f"{address}: {type(cause).__name__} {cause}".strip())
+        raise PeerUnreachable(
+            f"peer {key.hex()[:12]} cannot be reached at " + ("; ".join(causes) if causes else "any known address"),
+            hint="is it running, and do the networks let you through?",
+        )
+
+    async def _dial_address(self, key: bytes, address: Address) -> Connection:
+        stream = await trio.open_tcp_stream(address.host, address.port)
+        try:
+            connection = await self.upgrade_outbound_raw_conn(RawConnection(TcpStream(stream), True), id_of(key))
+        except BaseException:
+            await trio.aclose_forcefully(stream)
+            raise
+        assert isinstance(connection, Connection)
+        connection.address = address
+        return connection
+
+
+async def _bind(text: str) -> list[trio.SocketListener]:
+    try:
+        address, _ = parse(text)
+    except ValueError as error:
+        raise ConfigError(f"cannot listen on {text!r}: {error}", hint="/ip4/<address>/tcp/<port>") from None
+    try:
+        return await trio.open_tcp_listeners(address.port, host=address.host, backlog=_BACKLOG)
+    except OSError as error:
+        raise PortUnavailable(
+            f"cannot listen on {address.host} port {address.port}: {error.strerror or error}",
+            hint="stop the other node, or choose another address with --listen",
+        ) from None
+
+
+def _bound_address(listener: trio.SocketListener) -> Address:
+    host, port = listener.socket.getsockname()[:2]
+    return Address("ip6" if ":" in host else "ip4", host, port)
+
+
+class Host(BasicHost):
+    """The library's host on our network: serves identify and ping, does nothing by itself."""
+
+    def __init__(self, network: Network, addresses: Callable[[], tuple[str, ...]]) -> None:
+        self._addresses = addresses
+        ping = PingService(self).handle_ping
+        super().__init__(
+            network, default_protocols=OrderedDict({PING_ID: ping}), disable_identify_address_discovery=True
+        )
+        network.notifees.clear()  # it would identify every peer, in a task whose failure ends the program
+        self._libp2p = {str(IDENTIFY_ID): identify_handler_for(self), str(PING_ID): ping}
+        for protocol in self._libp2p:
+            network.handlers[protocol] = partial(self._serve, protocol)
+
+    def get_addrs(self) -> list[Multiaddr]:
+        """What identify tells."""
+        return [Multiaddr(text) for text in self._addresses()]
+
+    def get_transport_addrs(self) -> list[Multiaddr]:
+        """As `get_addrs`; our network has no listener objects of the library."""
+        return self.get_addrs()
+
+    async def _serve(self, protocol: str, connection: Connection, stream: MuxedStream) -> None:
+        net_stream = NetStream(stream, connection, None)
+        await net_stream.set_state(StreamState.OPEN)
+        net_stream.set_protocol(TProtocol(protocol))
+        await self._libp2p[protocol](net_stream)

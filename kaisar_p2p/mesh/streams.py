@@ -1,0 +1,101 @@
+"""Streams as the rest of the program sees them: frames with a limit, or raw bytes."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+import trio
+
+from kaisar_p2p.errors import RequestFailed
+from kaisar_p2p.mesh.negotiation import confirm, read_exactly
+from kaisar_p2p.mesh.yamux import MuxedStream
+
+from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError, MuxedStreamReset  # isort: skip
+
+_CHUNK_BYTES = 256 * 1024
+
+
+class MeshStream:
+    """A stream to one peer. Frames are a length of 4 bytes, big-endian, and so many bytes.
+
+    `peer` is the peer's machine key, `protocol` what was agreed on. Every method raises RequestFailed when the peer ends or
+    resets the stream or breaks a limit. Leaving the context ends the stream; leaving it with an exception resets it.
+    """
+
+    def __init__(self, stream: MuxedStream, peer: bytes, protocol: str, max_frame_bytes: int) -> None:
+        self.peer = peer
+        self.protocol = protocol
+        self.max_frame_bytes = max_frame_bytes
+        self.sent_bytes = self.received_bytes = 0
+        self._stream = stream
+        self._unconfirmed = False
+
+    def expect_confirmation(self) -> None:
+        """The peer's agreement to the protocol has not been read yet: do it before the first read."""
+        self._unconfirmed = True
+
+    async def _confirmed(self) -> None:
+        if self._unconfirmed:
+            self._unconfirmed = False
+            await confirm(self._stream, self.protocol)
+
+    async def send_frame(self, frame: bytes) -> None:
+        """Send one frame of at most `max_frame_bytes`."""
+        if len(frame) > self.max_frame_bytes:
+            raise RequestFailed(f"a frame of {len(frame)} bytes exceeds our own limit of {self.max_frame_bytes}")
+        await self.send_some(len(frame).to_bytes(4, "big") + frame)
+
+    async def receive_frame(self) -> bytes:
+        """The next frame. Its announced length is checked before anything is kept."""
+        await self._confirmed()
+        size = int.from_bytes(await read_exactly(self._stream, 4), "big")
+        if size > self.max_frame_bytes:
+            self._stream.reset_nowait()
+            raise RequestFailed(f"the peer announced a frame of {size} bytes, over the limit of {self.max_frame_bytes}")
+        frame = await read_exactly(self._stream, size)
+        self.received_bytes += 4 + size
+        return frame
+
+    async def send_some(self, data: bytes | bytearray | memoryview) -> None:
+        """Send raw bytes, all of them; waits while the peer does not read."""
+        try:
+            await self._stream.write(data)
+        except MuxedStreamError:  # MuxedStreamReset is one
+            raise RequestFailed("the stream is closed") from None
+        self.sent_bytes += len(data)
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """Some raw bytes; b"" when the peer has finished sending."""
+        await self._confirmed()
+        try:
+            data = await self._stream.read(max_bytes or _CHUNK_BYTES)
+        except MuxedStreamEOF:
+            return b""
+        except (MuxedStreamReset, MuxedStreamError):
+            raise RequestFailed("the peer reset the stream") from None
+        self.received_bytes += len(data)
+        return data
+
+    async def send_eof(self) -> None:
+        """Nothing more will be sent; receiving goes on."""
+        await self._stream.close_write()
+
+    async def aclose(self) -> None:
+        """Finish: what was sent still arrives, what the peer sends from now on is dropped."""
+        await self._stream.close()
+
+    async def reset(self) -> None:
+        """End the stream at once, in both directions."""
+        self._stream.reset_nowait()
+        await trio.lowlevel.checkpoint()
+
+    async def __aenter__(self) -> MeshStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            await self.aclose()
+        else:
+            self._stream.reset_nowait()
