@@ -82,11 +82,12 @@ def _derive(passphrase: str, encryption: Encryption) -> bytes:
         )
     # The same characters typed on another system may arrive composed differently.
     password = unicodedata.normalize("NFKC", passphrase).encode("utf-8", "surrogatepass")
-    return bindings.crypto_pwhash_alg(
-        32,
-        password,
-        encryption.salt,
-        encryption.cost.passes,
-        encryption.cost.memory_bytes,
-        bindings.crypto_pwhash_ALG_ARGON2ID13,
-    )
+    cost = encryption.cost
+    try:
+        return bindings.crypto_pwhash_alg(
+            32, password, encryption.salt, cost.passes, cost.memory_bytes, bindings.crypto_pwhash_ALG_ARGON2ID13
+        )
+    except RuntimeError:  # libsodium's only failure here is that it gets no memory
+        raise IdentityError(
+            f"opening the key needs {cost.memory_bytes >> 20} MiB of memory for a moment", hint="free some memory"
+        ) from None

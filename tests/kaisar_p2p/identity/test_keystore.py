@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kaisar_p2p.errors import IdentityError, UnknownWallet, WrongPassphrase
@@ -302,7 +302,6 @@ def test_a_damaged_file_is_told_by_its_path(keystore: Keystore, data: bytes) -> 
     assert caught.value.hint
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_any_damage_is_an_identity_error(data: st.DataObject) -> None:
     secret = SecretKey.from_seed(Scheme.SR25519, bytes(range(32)))
@@ -370,3 +369,14 @@ def test_the_default_cost_is_bounded() -> None:
     for cost in ({"passes": 65}, {"memory_bytes": 1 << 30}, {"passes": 0}, {"memory_bytes": 0}):
         with pytest.raises(IdentityError, match="outside"):
             KdfCost(**cost)
+
+
+def test_too_little_memory_is_told(keystore: Keystore, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nacl import bindings
+
+    def no_memory(*_arguments: object) -> bytes:
+        raise RuntimeError("failure in the key derivation")
+
+    monkeypatch.setattr(bindings, "crypto_pwhash_alg", no_memory)
+    with pytest.raises(IdentityError, match="of memory"):
+        keystore.create_wallet("main", Scheme.ED25519, PASSPHRASE)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from substrateinterface import Keypair
 
@@ -170,7 +170,6 @@ def test_a_file_cannot_ask_for_gigabytes() -> None:
         import_polkadot_json(json.dumps(document), "p")
 
 
-@settings(max_examples=200)
 @given(st.sampled_from(["ed25519", "sr25519"]), st.binary(max_size=140), st.booleans())
 def test_any_body_is_a_key_or_a_clear_error(label: str, body: bytes, framed: bool) -> None:
     if framed:
