@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, TypeVar
 
-from kaisar_p2p.wire.codec import U16, U32, U64, AtMost, Bytes12, Bytes32, Bytes64, Count, message
-from protocols.quorum import MAX_SEATS, VerdictCore
+from kaisar_p2p.errors import DecodeError, SignatureError
+from kaisar_p2p.wire import vrf
+from kaisar_p2p.wire.codec import U16, U32, U64, AtMost, Bytes12, Bytes32, Bytes64, Count, decode, encode, message
+from kaisar_p2p.wire.crypto import domain_hash, verify
+from kaisar_p2p.wire.envelope import Signed, Verified, open_signed
+from kaisar_p2p.wire.matproof import Job
+from kaisar_p2p.wire.verdict import Verdict
+from protocols.committees import check_committee
+from protocols.interpreter.state import State
+from protocols.params import Params
+from protocols.quorum import MAX_SEATS, Committee, SignedCore, VerdictCore, check_signature
+
+M = TypeVar("M")
 
 CHALLENGE_PROTOCOL = "/kaisar/challenge/1"
 VOTE_PROTOCOL = "/kaisar/vote/1"
@@ -89,3 +101,207 @@ class Assignment:
     slot: U32
     worker: Bytes32
     seats: Annotated[tuple[Bytes32, ...], Count(MAX_SEATS)]
+
+
+# ── what follows from the messages ───────────────────────────────────────────────────────────────────────────────────
+
+ENVELOPE_BYTES_MAX = 16_384
+"""Largest envelope of a challenge, commit or assignment: 64 seats at 100 bytes, 16 roots and the frame around them."""
+NO_COMMIT = bytes(32)
+NO_DIGEST = bytes(32)
+CHECKED = frozenset({PASS, LATE, WRONG})
+"""Verdicts of a seat that recomputed its samples."""
+
+
+def commit_hash(commit: Commit, network: bytes) -> bytes:
+    """The identity of a commitment, 32 bytes; what verdicts name and VRF proofs are made on."""
+    return domain_hash(Commit.DOMAIN, network, encode(commit))
+
+
+def core_hash(core: VerdictCore, network: bytes) -> bytes:
+    """The 32 bytes that tie a private part to its core."""
+    return domain_hash(VerdictCore.DOMAIN, network, encode(core))
+
+
+def seed_of(commit: Commit, beacon: bytes, network: bytes) -> bytes:
+    """The seed of a run: no seat alone knows it, and nobody before the slot's beacon and all values are out.
+
+    SHA-256 of domain "popw/seed" ‖ network ‖ beacon ‖ LE32 epoch ‖ LE32 slot ‖ worker ‖ job (12) ‖ LE64 mask ‖ values.
+    """
+    head = struct.pack("<II32s12sQ", commit.epoch, commit.slot, commit.worker, commit.job, commit.mask)
+    return domain_hash("popw/seed", network, beacon, head, *commit.values)
+
+
+def sample_input(commitment: bytes) -> bytes:
+    """The VRF input of a seat's samples: they are private until it votes, unique, and bound to the commitment."""
+    return b"popw/sample" + commitment
+
+
+def seats_of(mask: int) -> tuple[int, ...]:
+    """The seat numbers of a mask, ascending."""
+    return tuple(seat for seat in range(MAX_SEATS) if mask >> seat & 1)
+
+
+def aggregators(committee: Committee, beacon: bytes, worker: bytes, network: bytes) -> tuple[bytes, ...]:
+    """The committee in the order in which its members aggregate: votes go to the first two, then to the next."""
+    return tuple(sorted(committee.seats, key=lambda key: domain_hash("popw/agg", network, beacon, worker, key)))
+
+
+def check_horizon_slots(params: Params) -> int:
+    """How many slots back a check can still be under way: its own length, and one slot for the votes."""
+    length_ms = params.challenge_wait_ms + params.deadline_ms + params.tags_wait_ms
+    return -(-length_ms // max(1, params.slot_ms)) + 1
+
+
+# ── validation ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def peek(cls: type[M], data: bytes) -> tuple[bytes, M] | None:
+    """Signer and message of an envelope **before** its signature is checked, for the cheap rules; None if malformed."""
+    if len(data) > ENVELOPE_BYTES_MAX:
+        return None
+    try:
+        signed = decode(Signed, data)
+        return signed.signer, decode(cls, signed.body)
+    except DecodeError:
+        return None
+
+
+def validate_challenge(
+    data: bytes, peer: bytes, worker: bytes, committee: Committee, state: State
+) -> tuple[Verdict, str, Verified[Challenge] | None]:
+    """A seat's challenge as its worker sees it; the caller has looked up the committee of the challenge's slot."""
+    seen = peek(Challenge, data)
+    # [REJECT] It is a canonical envelope of a challenge.
+    if seen is None:
+        return Verdict.REJECT, "not a challenge", None
+    signer, challenge = seen
+    # [IGNORE] It is for this worker.
+    if challenge.worker != worker:
+        return Verdict.IGNORE, "for another worker", None
+    # [REJECT] The slot lies in the epoch that it names.
+    if challenge.epoch != state.params.epoch_of_slot(challenge.slot):
+        return Verdict.REJECT, "slot and epoch do not match", None
+    # [REJECT] Whoever calls holds that seat and signed it.
+    if challenge.seat >= len(committee.seats) or committee.seats[challenge.seat] != signer or signer != peer:
+        return Verdict.REJECT, "not that seat's challenge", None
+    # [REJECT] The signature is right.
+    return _signed(Challenge, data, state.network)
+
+
+def validate_commit(
+    data: bytes, own: Challenge, committee: Committee, network: bytes
+) -> tuple[Verdict, str, Verified[Commit] | None]:
+    """A worker's answer to `own` as that seat sees it; every challenge signature is checked, about 2 ms for 24 seats.
+
+    Otherwise a worker could invent the values of absent seats and compute before it was asked. A commit without the
+    seat's own value is fine: its challenge came after the run had started, and T others prove that the run is fresh.
+    """
+    seen = peek(Commit, data)
+    # [REJECT] It is a canonical envelope of a commit.
+    if seen is None:
+        return Verdict.REJECT, "not a commit", None
+    signer, commit = seen
+    # [REJECT] It is the worker's, on this check.
+    if (commit.epoch, commit.slot, commit.worker) != (own.epoch, own.slot, own.worker) or signer != own.worker:
+        return Verdict.REJECT, "commit on another check", None
+    seats = seats_of(commit.mask)
+    # [REJECT] At least T seats of the committee asked, with one value and one signature each.
+    if len(seats) < max(1, committee.threshold) or seats[-1] >= len(committee.seats):
+        return Verdict.REJECT, "not T seats of the committee", None
+    if not len(seats) == len(commit.values) == len(commit.signatures):
+        return Verdict.REJECT, "values do not match the mask", None
+    # [REJECT] The seat's own value is the one it sent.
+    if own.seat in seats and commit.values[seats.index(own.seat)] != own.value:
+        return Verdict.REJECT, "not the value that this seat sent", None
+    # [REJECT] All signatures are right: the worker's, then those of the challenges.
+    verdict, reason, verified = _signed(Commit, data, network)
+    if verified is not None and not _challenges_signed(commit, seats, committee, network):
+        return Verdict.REJECT, "bad signature on a challenge", None
+    return verdict, reason, verified
+
+
+def _challenges_signed(commit: Commit, seats: tuple[int, ...], committee: Committee, network: bytes) -> bool:
+    for seat, value, signature in zip(seats, commit.values, commit.signatures, strict=True):
+        body = encode(Challenge(commit.epoch, commit.slot, commit.worker, seat, value))
+        if not verify(committee.seats[seat], Challenge.DOMAIN, network, body, signature):
+            return False
+    return True
+
+
+def validate_tags(data: bytes, job: Job) -> Tags | None:
+    """The tags of a run if there is one for each tile; whether they match the roots is found when tiles are checked."""
+    if len(data) > job.rounds * (4 * job.tiles + 8) + 16:
+        return None
+    try:
+        tags = decode(Tags, data)
+    except DecodeError:
+        return None
+    fits = len(tags.rounds) == job.rounds and all(len(sent) == 4 * job.tiles for sent in tags.rounds)
+    return tags if fits else None
+
+
+def validate_vote(
+    vote: Vote, peer: bytes, committee: Committee, state: State
+) -> tuple[Verdict, str, SignedCore[VerdictCore] | None]:
+    """A seat's vote as an aggregator sees it, who has looked up the committee of (slot, worker); under 1 ms."""
+    core, private, network = vote.core, vote.private, state.network
+    # [REJECT] The sender holds that seat.
+    if private.seat >= len(committee.seats) or committee.seats[private.seat] != peer:
+        return Verdict.REJECT, "not that seat's vote", None
+    # [REJECT] Slot and epoch match, the verdict exists and has what belongs to it.
+    if core.epoch != state.params.epoch_of_slot(core.slot) or not _well_formed(core, private):
+        return Verdict.REJECT, "impossible verdict", None
+    # [REJECT] The private part belongs to this core.
+    if private.core_hash != core_hash(core, network):
+        return Verdict.REJECT, "private part of another core", None
+    # [REJECT] Both signatures, and the proof of the samples, are right.
+    if not verify(peer, PrivatePart.DOMAIN, network, encode(private), vote.private_signature):
+        return Verdict.REJECT, "bad signature on the private part", None
+    if core.verdict in CHECKED and vrf.verify(peer, sample_input(core.commit), private.vrf_proof) is None:
+        return Verdict.REJECT, "bad proof of the samples", None
+    signed = check_signature(core, private.seat, vote.core_signature, committee, network)
+    if signed is None:
+        return Verdict.REJECT, "bad signature on the core", None
+    return Verdict.ACCEPT, "", signed
+
+
+def _well_formed(core: VerdictCore, private: PrivatePart) -> bool:
+    if core.verdict not in VERDICT_NAMES or (core.verdict == SILENT) != (core.commit == NO_COMMIT):
+        return False
+    if core.verdict in CHECKED:
+        return len(private.vrf_proof) == vrf.PROOF_BYTES
+    return private.vrf_proof == b"" and private.digest == NO_DIGEST
+
+
+def validate_assignment(
+    data: bytes, received_at: float, state: State
+) -> tuple[Verdict, str, Verified[Assignment] | None]:
+    """Gossip on `assignment`."""
+    seen = peek(Assignment, data)
+    # [REJECT] It is a canonical envelope of an assignment.
+    if seen is None:
+        return Verdict.REJECT, "not an assignment", None
+    signer, assignment = seen
+    # [IGNORE] The slot has started here and is remembered.
+    if assignment.slot not in state.beacons:
+        return Verdict.IGNORE, "unknown slot", None
+    # [REJECT] Slot and epoch match.
+    if assignment.epoch != state.params.epoch_of_slot(assignment.slot):
+        return Verdict.REJECT, "slot and epoch do not match", None
+    committee = check_committee(state, assignment.slot, assignment.worker)
+    # [IGNORE] The worker is known.
+    if committee is None:
+        return Verdict.IGNORE, "no committee", None
+    # [REJECT] The sender holds a seat, and drew the same committee.
+    if signer not in committee.seats or assignment.seats != committee.seats:
+        return Verdict.REJECT, "wrong committee", None
+    # [REJECT] The signature is right.
+    return _signed(Assignment, data, state.network)
+
+
+def _signed(cls: type[M], data: bytes, network: bytes) -> tuple[Verdict, str, Verified[M] | None]:
+    try:
+        return Verdict.ACCEPT, "", open_signed(cls, data, network)
+    except (DecodeError, SignatureError) as error:
+        return Verdict.REJECT, error.message, None

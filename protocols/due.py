@@ -1,0 +1,68 @@
+"""Which workers a slot checks, and how thoroughly: a pure rule over the ledger's state, the same on every node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kaisar_p2p.wire.crypto import domain_hash
+from protocols.interpreter.state import ACTIVE, REGISTERED, State, WorkerState
+from protocols.params import PERMILLE
+
+REGISTRATION, STANDBY, GRAND = "registration", "standby", "grand"
+
+
+@dataclass(frozen=True)
+class DueCheck:
+    """One check of a slot: each seat recomputes `samples` tiles; `reason` is REGISTRATION, STANDBY or GRAND."""
+
+    worker: bytes
+    samples: int
+    reason: str
+
+
+def due_workers(state: State, slot: int) -> tuple[DueCheck, ...]:
+    """The checks that start with `slot`, sorted by worker, from the state after the slot's first block.
+
+    Empty when the slot's beacon is not in the state (not started yet, or too long ago).
+    """
+    beacon = state.beacons.get(slot)
+    if beacon is None:
+        return ()
+    grand = is_grand_slot(state, slot)
+    checks = []
+    for key, worker in sorted(state.workers.items()):
+        reason = _reason(state, slot, beacon, grand, key, worker, leased=bool(state.open_orders.get(key)))
+        if reason is not None:
+            samples = state.params.registration_samples if reason == REGISTRATION else state.params.samples
+            checks.append(DueCheck(key, samples, reason))
+    return tuple(checks)
+
+
+def is_grand_slot(state: State, slot: int) -> bool:
+    """Whether every unleased worker is checked in this slot at once: one card under two names cannot answer twice."""
+    mix = state.mixes.get(state.params.epoch_of_slot(slot), b"")
+    number = int.from_bytes(domain_hash("popw/grand", state.network, mix)[:8], "little")
+    return slot % state.params.epoch_slots == number % state.params.epoch_slots
+
+
+def wins_standby_draw(state: State, beacon: bytes, worker: bytes) -> bool:
+    """The lottery of idle workers: `standby_check_permille` of them in each slot."""
+    number = int.from_bytes(domain_hash("popw/standby", state.network, beacon, worker)[:8], "little")
+    return number % PERMILLE < state.params.standby_check_permille
+
+
+def _reason(
+    state: State, slot: int, beacon: bytes, grand: bool, key: bytes, worker: WorkerState, *, leased: bool
+) -> str | None:
+    params = state.params
+    if worker.status == REGISTERED:
+        if worker.registered_block >= slot * params.slot_blocks:
+            return None  # registered in this slot: not every node may have known it at the slot's first block
+        # A worker that failed for a whole epoch is tried at the standby rate, so that it cannot tire its committees.
+        age = slot - params.slot_of(worker.registered_block)
+        return REGISTRATION if age <= params.epoch_slots or wins_standby_draw(state, beacon, key) else None
+    if worker.status != ACTIVE or leased:  # the witnesses of its lease see whether a leased worker is alive
+        return None
+    if grand:
+        return GRAND
+    return STANDBY if wins_standby_draw(state, beacon, key) else None

@@ -1,0 +1,90 @@
+"""Aggregation of verdicts: any seat may collect its committee's votes and make the certificate; `popw_seat` uses it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kaisar_p2p.errors import DecodeError
+from kaisar_p2p.wire.codec import decode, encode
+from kaisar_p2p.wire.crypto import sha256
+from kaisar_p2p.wire.verdict import Verdict
+from protocols.actions import Action, Duty, Note, Publish
+from protocols.equivocation import EVIDENCE_TOPIC, DoubleVote
+from protocols.interpreter.state import State
+from protocols.popw import VERDICT_NAMES, Vote, validate_vote
+from protocols.quorum import Committee, CoreVote, QuorumCertificate, SignedCore, VerdictCore, VoteCounter
+
+CERTIFICATE_TOPIC = "certificate"
+VOTE_BYTES_MAX = 1024
+COUNTED, REFUSED = b"\x01", b"\x00"
+"""The one frame that answers a vote."""
+
+
+def is_core_vote(payload: bytes) -> bool:
+    """Whether a frame on `/kaisar/vote/1` is for the machine that counts deploy, ready and witness votes."""
+    return payload[1:2] == bytes([CoreVote.TAG])  # type: ignore[attr-defined]
+
+
+def parse_vote(payload: bytes) -> Vote | None:
+    """The verdict vote in a frame, or None."""
+    if len(payload) > VOTE_BYTES_MAX:
+        return None
+    try:
+        return decode(Vote, payload)
+    except DecodeError:
+        return None
+
+
+def verdict_duty(core: VerdictCore) -> Duty:
+    """One verdict of this node for each (slot, worker), for ever."""
+    return Duty(f"verdict/{core.slot}/{core.worker.hex()}", sha256(encode(core)))
+
+
+@dataclass
+class Tally:
+    """The votes on one check. `closed` once a certificate, ours or another member's, is known to be out."""
+
+    committee: Committee
+    own_seat: int
+
+    def __post_init__(self) -> None:
+        self.counter: VoteCounter[VerdictCore] = VoteCounter(self.committee)
+        self.closed = False
+        self._accused: set[int] = set()
+
+    def receive(self, vote: Vote, peer: bytes, state: State) -> tuple[bytes, list[Action]]:
+        """Count another seat's vote: the answer for it, and what follows. A repeat costs no signature check."""
+        seat = vote.private.seat
+        first = self.counter.vote_of(seat)
+        if first is not None and first.core == vote.core:
+            return COUNTED, []
+        if seat in self._accused:
+            return REFUSED, []
+        verdict, _, signed = validate_vote(vote, peer, self.committee, state)
+        if signed is None or verdict is not Verdict.ACCEPT:
+            return REFUSED, []
+        if first is not None:
+            return REFUSED, self._accuse(first, signed)
+        return COUNTED, self.count(signed)
+
+    def count(self, signed: SignedCore[VerdictCore]) -> list[Action]:
+        """Count a checked vote; publishes the certificate when it completes one that nobody has published yet."""
+        certificate = self.counter.add(signed)
+        if certificate is None or self.closed:
+            return []
+        self.closed = True
+        return self._publish(certificate, signed.core)
+
+    def _publish(self, certificate: QuorumCertificate, core: VerdictCore) -> list[Action]:
+        # Our own signature is in it perhaps: then it goes out only under the duty of that verdict.
+        duty = verdict_duty(core) if certificate.mask >> self.own_seat & 1 else None
+        name = VERDICT_NAMES[core.verdict]
+        note = Note("certificate", (("slot", core.slot), ("worker", core.worker.hex()), ("verdict", name)))
+        return [Publish(CERTIFICATE_TOPIC, encode(certificate), duty), note]
+
+    def _accuse(self, first: SignedCore[VerdictCore], second: SignedCore[VerdictCore]) -> list[Action]:
+        self._accused.add(second.seat)
+        key = self.committee.seats[second.seat]
+        evidence = DoubleVote(key, first.core, first.signature, second.core, second.signature)
+        note = Note("evidence", (("kind", "double vote"), ("offender", key.hex()), ("slot", first.core.slot)))
+        return [Publish(EVIDENCE_TOPIC, encode(evidence)), note]
