@@ -57,6 +57,7 @@ class Params:
     # money, in planck
     licence_price_planck: int = 100 * KAI
     licence_supply: int = 29_998
+    referral_permille: int = 100
     min_stake_planck: int = 100 * KAI
     unbonding_epochs: int = 336
     registration_fee_planck: int = 1 * KAI
@@ -141,4 +142,4 @@ DEMO = replace(
     epoch_reward_planck=100 * KAI,
 )
 PRESETS = {"mainnet": MAINNET, "testnet": TESTNET, "demo": DEMO}
-"""In `demo` all nodes share a machine: jobs take about 0.1 s and the deadline is seconds, so timing tiers mean nothing there."""
+"""In `demo` all nodes share a machine: jobs take about 0.1 s against a deadline of seconds, so tiers mean nothing."""
