@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Lock
 from typing import Literal, Protocol
 
 import numpy as np
@@ -21,9 +22,12 @@ from kaisar_p2p.wire.matproof import MATRIX_A, MATRIX_B, Job, Tags
 log = logging.getLogger(__name__)
 
 ShouldStop = Callable[[], bool]
-"""Asked before every panel; True abandons the proof with `ProofCancelled`."""
+"""Asked before every block of the product; True abandons the proof with `ProofCancelled`."""
 
-_PANEL_BYTES = 1 << 25
+_LEFT_BYTES = 1 << 27
+_RIGHT_BYTES = 1 << 25
+
+Operand = NDArray[np.float32]
 
 
 class ProofCancelled(HardwareError):
@@ -72,7 +76,9 @@ def chain_rounds(job: Job, seed: bytes, run_round: Callable[[bytes], Tags]) -> P
 class NumpyBackend:
     """Float32 matrix products on the CPU: exact, because no partial sum exceeds 2²⁴.
 
-    Memory: B (4·n·k bytes), one panel of A and one of C (about 32 MiB each), whatever the number of rounds.
+    The product is made block by block, and rows of B are made again for every panel of A. That costs 1 % of the
+    time and keeps memory at about 180 MiB whatever n is. The backend keeps its buffers from one proof to the next,
+    since fresh pages would cost more than the rows; drop the backend to free them.
     """
 
     name = "numpy"
@@ -80,60 +86,71 @@ class NumpyBackend:
     def __init__(self, memory_limit_bytes: int | None = None) -> None:
         """`memory_limit_bytes` caps one proof; by default it is what the machine has available at the time."""
         self._memory_limit_bytes = memory_limit_bytes
+        self._lock = Lock()
+        self._buffers: _Buffers | None = None
 
     def prove(self, job: Job, seed: bytes, should_stop: ShouldStop = never) -> Proof:
-        """See `Backend.prove`."""
-        buffers = _Buffers.allocate(job, self._memory_limit_bytes)
-        return chain_rounds(job, seed, lambda round_seed: _run_round(job, round_seed, buffers, should_stop))
+        """See `Backend.prove`. Proofs asked for at the same time are made one after the other."""
+        with self._lock:
+            if self._buffers is None or self._buffers.shape != (job.n, job.k, job.t):
+                self._buffers = None  # before the next are allocated
+                self._buffers = _Buffers.allocate(job, self._memory_limit_bytes)
+            buffers = self._buffers
+            return chain_rounds(job, seed, lambda round_seed: _run_round(job, round_seed, buffers, should_stop))
 
 
 @dataclass(frozen=True, slots=True)
 class _Buffers:
-    """Operands that all rounds of one proof share."""
+    """One panel of A, one block of rows of B, and the block of C that they give; reused throughout."""
 
-    right: NDArray[np.float32]  # B, n × k
-    left: NDArray[np.float32]  # rows of A, panel × k
-    product: NDArray[np.float32]  # rows of C, panel × n
+    shape: tuple[int, int, int]
+    left: NDArray[np.float32]
+    right: NDArray[np.float32]
+    product: NDArray[np.float32]
 
     @classmethod
     def allocate(cls, job: Job, limit_bytes: int | None) -> _Buffers:
-        rows = min(job.n, max(1, _PANEL_BYTES // (4 * max(job.n, job.k) * job.t)) * job.t)
-        needed = 4 * (job.n * job.k + rows * (job.k + 2 * job.n))
+        left_rows, right_rows = _rows(job, _LEFT_BYTES), _rows(job, _RIGHT_BYTES)
+        needed = 4 * ((left_rows + right_rows) * job.k + 3 * left_rows * right_rows)
         available = psutil.virtual_memory().available if limit_bytes is None else limit_bytes
         if needed > available:
             raise HardwareError(
                 f"the job needs {needed >> 20} MiB of memory and {available >> 20} MiB are available",
                 hint="claim a smaller tier for this machine, or stop other programs",
             )
-        shapes = ((job.n, job.k), (rows, job.k), (rows, job.n))
-        return cls(*(np.empty(shape, np.float32) for shape in shapes))
+        shapes = ((left_rows, job.k), (right_rows, job.k), (left_rows, right_rows))
+        return cls((job.n, job.k, job.t), *(np.empty(shape, np.float32) for shape in shapes))
+
+
+def _rows(job: Job, size_bytes: int) -> int:
+    """Whole tile rows that fit into a buffer; at least one."""
+    return min(job.n, max(1, size_bytes // (4 * job.k * job.t)) * job.t)
 
 
 def _run_round(job: Job, seed: bytes, buffers: _Buffers, should_stop: ShouldStop) -> Tags:
-    """Tags of one round, a panel of whole tile rows at a time."""
-    tags = []
-    panel_rows = len(buffers.left)
-    for start in range(0, job.n, panel_rows):
-        if should_stop():
-            raise ProofCancelled("the proof was cancelled")
-        rows = min(panel_rows, job.n - start)
-        if start == 0:
-            matproof.fill_rows(buffers.right, seed, MATRIX_B, 0)
-        matproof.fill_rows(buffers.left[:rows], seed, MATRIX_A, start)
-        product = _multiply(buffers.left[:rows], buffers.right, buffers.product[:rows])
-        tags.append(matproof.panel_tags(product, job.t))
-    return np.concatenate(tags)
+    """Tags of one round, a block of whole tiles at a time."""
+    tags = np.empty((job.n // job.t, job.n // job.t), np.uint32)
+    for top in range(0, job.n, len(buffers.left)):
+        left = buffers.left[: job.n - top]
+        matproof.fill_rows(left, seed, MATRIX_A, top)
+        for first in range(0, job.n, len(buffers.right)):
+            if should_stop():
+                raise ProofCancelled("the proof was cancelled")
+            right = buffers.right[: job.n - first]
+            matproof.fill_rows(right, seed, MATRIX_B, first)
+            block = _multiply(left, right, buffers.product[: len(left), : len(right)])
+            rows, columns = len(left) // job.t, len(right) // job.t
+            i, j = top // job.t, first // job.t
+            tags[i : i + rows, j : j + columns] = matproof.panel_tags(block, job.t).reshape(rows, columns)
+    return tags.ravel()
 
 
-def _multiply(
-    left: NDArray[np.float32], right: NDArray[np.float32], out: NDArray[np.float32]
-) -> NDArray[np.float32] | NDArray[np.int32]:
+def _multiply(left: Operand, right: Operand, out: Operand) -> Operand | NDArray[np.int32]:
     """left · rightᵀ: in `out` when float32 holds it exactly, else as int32 modulo 2³²."""
-    pieces = list(matproof.column_pieces(left.shape[1]))
-    if len(pieces) == 1:
+    if left.shape[1] <= matproof.EXACT_COLUMNS:
         return np.matmul(left, right.T, out=out)
     total = np.zeros(out.shape, np.int32)
-    for start, stop in pieces:
+    for start, stop in matproof.column_pieces(left.shape[1]):
         total += np.matmul(left[:, start:stop], right[:, start:stop].T, out=out).astype(np.int32)
     return total
 

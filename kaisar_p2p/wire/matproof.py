@@ -54,7 +54,8 @@ MAX_TAGS = 1 << 22
 
 _GOLDEN = 0x9E3779B1
 _KEYSTREAM_BLOCK = 64
-_CACHE_BYTES = 1 << 17  # working sets of this size stay in a core's second-level cache
+_ROWS_BYTES = 1 << 17  # keystream made at a time: stays in a core's second-level cache
+_TILES_BYTES = 1 << 19  # tiles tagged at a time: stay in the last-level cache, and few calls are made
 
 Tags = NDArray[np.uint32]
 """The tags of one round, (n / t)² of them, tiles in row-major order."""
@@ -200,7 +201,7 @@ def fill_rows(
     """
     count, width = out.shape
     zeros, counter = bytes(width), first_column // _KEYSTREAM_BLOCK
-    raw = np.empty((max(1, min(count, _CACHE_BYTES // width)), width), np.uint8)
+    raw = np.empty((max(1, min(count, _ROWS_BYTES // width)), width), np.uint8)
     lines = [memoryview(line) for line in raw]
     stream = Cipher(ChaCha20(seed, bytes(16)), None).encryptor()
     for start in range(0, count, len(raw)):
@@ -247,8 +248,7 @@ def panel_tags(panel: NDArray[Any], t: int) -> Tags:
     """Tags of all tiles of a panel of C: shape (i·t, j·t), int32 or float32 (exact integers)."""
     rows, columns = panel.shape
     tags = np.empty((rows // t, columns // t), np.uint32)
-    # Tiles side by side as far as the cache reaches: few calls, and none of them waits for memory.
-    step = max(1, _CACHE_BYTES // (4 * t * t))
+    step = max(1, _TILES_BYTES // (4 * t * t))
     mixed, shifted = np.empty((2, t, min(columns, step * t)), np.uint32)
     for i, j in np.ndindex(rows // t, -(-columns // (step * t))):
         block = panel[i * t : (i + 1) * t, j * step * t : (j + 1) * step * t]

@@ -82,8 +82,8 @@ def proof_to_hash(proof: bytes) -> bytes:
     Raises:
         ValueError: the proof has the wrong length or does not begin with a curve point.
     """
-    if len(proof) != PROOF_BYTES:
-        raise ValueError(f"a VRF proof has {PROOF_BYTES} bytes, not {len(proof)}")
+    if len(proof) != PROOF_BYTES or not _is_canonical(proof[:32]):
+        raise ValueError(f"a VRF proof is a curve point and 48 more bytes, {PROOF_BYTES} in all")
     try:
         return _gamma_to_hash(proof[:32])
     except _REFUSED as refused:
@@ -103,7 +103,7 @@ def _encode_to_curve(salt: bytes, alpha: bytes) -> bytes:
     """Try and increment (RFC 9381 §5.4.1.1): the first hash that decodes to a point, times the cofactor."""
     for counter in range(256):
         candidate = sha512(_SUITE + b"\x01" + salt + alpha + bytes([counter, 0])).digest()[:32]
-        if int.from_bytes(candidate, "little") & (2**255 - 1) >= _FIELD_PRIME:
+        if not _is_canonical(candidate):
             continue
         try:
             point = _times_cofactor(candidate)
@@ -112,6 +112,10 @@ def _encode_to_curve(salt: bytes, alpha: bytes) -> bytes:
         if point != _IDENTITY:
             return point
     raise ValueError("no curve point for this input")  # each try fails with probability 1/2: never seen
+
+
+def _is_canonical(point: bytes) -> bool:
+    return int.from_bytes(point, "little") & (2**255 - 1) < _FIELD_PRIME
 
 
 def _times_cofactor(point: bytes) -> bytes:
