@@ -1,4 +1,4 @@
-"""Addresses of peers: which are acceptable, which are known, which are our own. All input here comes from other peers."""
+"""Addresses of peers: which are acceptable, which are known, which are ours. The input comes from other peers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def parse(text: str) -> tuple[Address, bytes | None]:
 
     Raises ValueError for anything but ``/(ip4|ip6|dns4|dns6|dns)/<host>/tcp/<port>[/p2p/<ed25519 peer id>]``.
     """
-    parts = text.split("/") if isinstance(text, str) and len(text) <= _MAX_TEXT else []
+    parts = text.split("/") if len(text) <= _MAX_TEXT else []
     if len(parts) not in (5, 7) or parts[0] or parts[1] not in _HOST_PROTOCOLS or parts[3] != "tcp":
         raise ValueError(f"not a TCP multiaddr: {text!r:.80}")
     kind, host = parts[1], parts[2]
@@ -168,6 +168,6 @@ class AddressBook:
         """Addresses to dial, the most promising first."""
         return tuple(reversed(self._known.get(key, {})))
 
-    def keys(self) -> list[bytes]:
+    def peers(self) -> list[bytes]:
         """All known peers."""
         return list(self._known)

@@ -3,12 +3,12 @@
 Two reasons for stand-in modules:
 
 * ``fastecdsa`` is a source package that needs gcc and GMP, used by libp2p only for P-256 keys. It may be absent.
-* ``import libp2p`` pulls QUIC, WebSocket, WebTransport, TLS with ACME, bitswap, the DHT, mDNS, Prometheus, … of which this node
-  uses nothing: 1.1 s of CPU and 50 MB instead of 0.3 s and 17 MB, in every process of a swarm.
+* ``import libp2p`` pulls QUIC, WebSocket, WebTransport, TLS with ACME, bitswap, the DHT, mDNS, Prometheus, … of
+  which this node uses nothing: 1.1 s of CPU and 50 MB instead of 0.3 s and 17 MB, in every process of a swarm.
 
-While libp2p is imported, the names below resolve to empty modules whose attributes are classes that refuse to be used. Afterwards
-the stand-ins leave ``sys.modules`` again, so anything else that imports, say, ``httpx`` gets the real one. A package that is already
-imported is never replaced. Every module of this package imports this one first.
+While libp2p is imported, the names below resolve to empty modules whose attributes are classes that refuse to be
+used. Afterwards the stand-ins leave ``sys.modules`` again, so anything else that imports, say, ``httpx`` gets the
+real one. A package that is already imported is never replaced. Every module of this package imports this one first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 import types
 from collections.abc import Sequence
 from importlib import import_module, util
-from typing import Any
+from typing import Any, ClassVar
 
 ABSENT_OR_UNUSED: dict[str, str] = {
     "fastecdsa": "P-256 keys; a source package that may be absent",
@@ -71,7 +71,7 @@ class _Unused(type):
 
 
 class _StandIn(types.ModuleType):
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

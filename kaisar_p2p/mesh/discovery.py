@@ -1,7 +1,8 @@
 """Finding peers and staying connected: redial, peer exchange, looking for a peer by its key.
 
-``/kaisar/peers/1`` is one frame each way, on every new connection and now and then on a random one: who I am in this process, where I
-listen, whom I look for; and back the same with up to 32 connected peers. Addresses are hints: whoever answers there has to prove the key.
+``/kaisar/peers/1`` is one frame each way, on every new connection and now and then on a random one: who I am in
+this process, where I listen, whom I look for; and back the same with up to 32 connected peers. Addresses are hints:
+whoever answers there has to prove the key.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Backoff:
         """The delay after another failure."""
         delay = min(_REDIAL_S * 2**self._failures, _REDIAL_MAX_S)
         self._failures = min(self._failures + 1, 16)
-        return delay * self._rng.uniform(0.5, 1.0)
+        return float(delay * self._rng.uniform(0.5, 1.0))
 
     def reset(self) -> None:
         """It worked."""
@@ -182,7 +183,7 @@ class Discovery:
         now = trio.current_time()
         candidates = [
             key
-            for key in self._book.keys()
+            for key in self._book.peers()
             if key != self._own
             and key not in self._kept
             and self._network.connection_to(key) is None

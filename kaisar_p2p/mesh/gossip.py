@@ -1,8 +1,9 @@
 """Gossip: from a peer's bytes to a verdict to our subscribers and on to other peers.
 
-Own data path instead of libp2p's Pubsub, which cannot say IGNORE, starts a task for every message, reads lengths byte by byte, verifies
-the sender's record with every RPC, and dies of a bad key. One task per peer reads: whatever is slow about a peer's messages
-(validation, a rate above the limit) slows that peer down and nobody else. One task per peer writes what has gathered meanwhile.
+Own data path instead of libp2p's Pubsub, which cannot say IGNORE, starts a task for every message, reads lengths
+byte by byte, verifies the sender's record with every RPC, and dies of a bad key. One task per peer reads: whatever
+is slow about a peer's messages (validation, a rate above the limit) slows that peer down and nobody else. One task
+per peer writes what has gathered meanwhile.
 """
 
 from __future__ import annotations

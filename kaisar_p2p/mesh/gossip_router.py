@@ -1,9 +1,11 @@
-"""Who gets which gossip: the mesh of GossipSub v1.1, without IO (https://github.com/libp2p/specs/tree/master/pubsub/gossipsub).
+"""Who gets which gossip: the mesh of GossipSub v1.1, without IO
+(https://github.com/libp2p/specs/tree/master/pubsub/gossipsub).
 
-Peers are machine keys. Every method that takes `now` judges by it; randomness is the generator given. What has to be sent is
-returned as `Control` per peer. Kept from the specification: degrees, backoff after PRUNE, IHAVE and IWANT with limits, flood
-publishing of our own messages, an outbound quota against eclipse by inbound connections. Left out: peer exchange in PRUNE (the mesh
-has its own), fanout (a node subscribes to what it publishes, or floods), the library's score (the mesh judges by verdicts).
+Peers are machine keys. Every method that takes `now` judges by it; randomness is the generator given. What has to
+be sent is returned as `Control` per peer. Kept from the specification: degrees, backoff after PRUNE, IHAVE and
+IWANT with limits, flood publishing of our own messages, an outbound quota against eclipse by inbound connections.
+Left out: peer exchange in PRUNE (the mesh has its own), fanout (a node subscribes to what it publishes, or floods),
+the library's score (the mesh judges by verdicts).
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Gossip messages and RPC frames on the wire (https://github.com/libp2p/specs/blob/master/pubsub/README.md, StrictSign)."""
+"""Gossip messages and RPC frames on the wire, with StrictSign.
+
+Source: https://github.com/libp2p/specs/blob/master/pubsub/README.md
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 class MeshLimits:
     """Bounds of one node; the defaults suit a swarm of tens of nodes on one machine as well as a small server.
 
-    Sizes are bytes, times seconds, rates per second. A peer that exceeds a rate is read more slowly; one that exceeds a size is cut off.
+    Sizes are bytes, times seconds, rates per second. A peer that exceeds a rate is read more slowly; one that
+    exceeds a size is cut off.
     """
 
     message_bytes: int = 256 * 1024  # payload of one gossip message
@@ -45,9 +46,9 @@ class MeshLimits:
 class MeshConfig:
     """What one node's mesh is.
 
-    `listen` are multiaddrs ``/ip4/<address>/tcp/<port>`` (port 0: any free one), `network` is the network's name in topics,
-    `announce` replaces the addresses that the node tells others, `allow_private` says whether loopback and private addresses of
-    others are dialed (default: when the node itself listens on one).
+    `listen` are multiaddrs ``/ip4/<address>/tcp/<port>`` (port 0: any free one), `network` is the network's name in
+    topics, `announce` replaces the addresses that the node tells others, `allow_private` says whether loopback and
+    private addresses of others are dialed (default: when the node itself listens on one).
     """
 
     listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)

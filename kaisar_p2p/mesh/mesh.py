@@ -36,7 +36,7 @@ _BUCKETS = 4096
 
 @dataclass(frozen=True)
 class PeerInfo:
-    """A connected peer: `connected_since` is Unix-less trio time in seconds, `rtt_s` None until the first ping came back."""
+    """A connected peer. `connected_since` is trio's clock in seconds, `rtt_s` None until the first ping came back."""
 
     key: bytes
     addresses: tuple[str, ...]
@@ -50,8 +50,9 @@ class PeerInfo:
 class MeshStatistics:
     """Counters since the start.
 
-    `messages` counts per (topic, verdict): accept, ignore, reject, published; and, under the topic "", duplicate and unwanted.
-    `dropped` counts messages that a slow subscriber lost per topic, `refused` connections and streams that a limit refused, by reason.
+    `messages` counts per (topic, verdict): accept, ignore, reject, published; and, under the topic "", duplicate
+    and unwanted. `dropped` counts messages that a slow subscriber lost per topic, `refused` connections and streams
+    that a limit refused, by reason.
     """
 
     connections: int
@@ -203,9 +204,11 @@ class Mesh:
     # -- gossip -------------------------------------------------------------------------------------------------------
 
     async def publish(self, topic: str, data: bytes) -> None:
-        """Sign `data` and send it to the subscribers of a topic (short name, such as "advert"); not echoed to ourselves.
+        """Sign `data` and send it to the subscribers of a topic (short name, such as "advert"); not echoed to
+        ourselves.
 
-        Raises LimitExceeded when it is larger than `message_bytes`. A slow peer loses the oldest messages, never stalls us.
+        Raises LimitExceeded when it is larger than `message_bytes`. A slow peer loses the oldest messages, never
+        stalls us.
         """
         self._gossip.publish(topic, data)
         await trio.lowlevel.checkpoint()
@@ -215,9 +218,10 @@ class Mesh:
     ) -> trio.MemoryReceiveChannel[GossipMessage]:
         """Receive a topic. `validate(data, sender, author, received_at)` judges every message on receipt.
 
-        ACCEPT: queued for us and forwarded. IGNORE: dropped, nobody's fault. REJECT: dropped and held against the sender, who is
-        disconnected and refused for a while when it repeats. A validator that raises is our bug: logged, IGNORE. With `heavy` it runs
-        in a worker thread. When the queue is full, the oldest message gives way. One subscriber per topic (ValueError).
+        ACCEPT: queued for us and forwarded. IGNORE: dropped, nobody's fault. REJECT: dropped and held against the
+        sender, who is disconnected and refused for a while when it repeats. A validator that raises is our bug:
+        logged, IGNORE. With `heavy` it runs in a worker thread. When the queue is full, the oldest message gives
+        way. One subscriber per topic (ValueError).
         """
         return self._gossip.subscribe(topic, validate, queue=queue, heavy=heavy)
 
@@ -238,8 +242,8 @@ class Mesh:
     ) -> None:
         """Answer streams of a protocol.
 
-        A peer may have `per_peer` of them open and open `rate_per_s` a second (twice that at once); more are reset. The stream is
-        closed when the handler returns, and reset, with a log entry, when it raises.
+        A peer may have `per_peer` of them open and open `rate_per_s` a second (twice that at once); more are reset.
+        The stream is closed when the handler returns, and reset, with a log entry, when it raises.
         """
         service = _Service(handler, max_frame_bytes, per_peer, rate_per_s)
         self._network.handlers[protocol] = partial(self._serve, protocol, service)
@@ -267,7 +271,8 @@ class Mesh:
     async def open_stream(self, peer: bytes, protocol: str, *, timeout_s: float, max_frame_bytes: int) -> MeshStream:
         """A stream to a peer, which is dialed if need be.
 
-        Raises PeerUnreachable, or RequestFailed when the peer does not speak the protocol or takes longer than `timeout_s`.
+        Raises PeerUnreachable, or RequestFailed when the peer does not speak the protocol or takes longer than
+        `timeout_s`.
         """
         try:
             with trio.fail_after(timeout_s):

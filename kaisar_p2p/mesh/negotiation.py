@@ -1,7 +1,7 @@
 """multistream-select on a yamux stream (https://github.com/multiformats/multistream-select).
 
-Own code instead of the library's because that one lets non-UTF-8 bytes escape as an exception that ends the whole process, and
-needs two round trips where one is enough.
+Own code instead of the library's because that one lets non-UTF-8 bytes escape as an exception that ends the whole
+process, and needs two round trips where one is enough.
 """
 
 from __future__ import annotations

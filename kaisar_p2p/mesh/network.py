@@ -1,7 +1,7 @@
 """The libp2p network of one node: listening, dialing, connections and their streams.
 
-A subclass of the library's Swarm, so that its protocols (identify, ping, relay) work on it; what an untrusted peer can reach is
-overridden here, and only here. The library, as of 0.8.1:
+A subclass of the library's Swarm, so that its protocols (identify, ping, relay) work on it; what an untrusted peer
+can reach is overridden here, and only here. The library, as of 0.8.1:
 
 * listens with SO_REUSEPORT, so that a second node on the same port silently gets half of the connections → `listen_on`;
 * holds an inbound slot until the swarm stops: 250 inbound connections in a life → `_serve_inbound`;
@@ -17,7 +17,6 @@ import logging
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
-from typing import Any
 
 import trio
 
@@ -58,6 +57,7 @@ log = logging.getLogger(__name__)
 
 _YAMUX_ID = TProtocol("/yamux/1.0.0")
 _BACKLOG = 128
+_ANY_ADDRESS = Multiaddr("/ip4/0.0.0.0/tcp/0")  # the library only logs it
 
 StreamHandler = Callable[["Connection", MuxedStream], Awaitable[None]]
 
@@ -215,14 +215,15 @@ class Network(Swarm):
     def remove_conn(self, swarm_conn: SwarmConn) -> None:
         """A connection is over."""
         assert isinstance(swarm_conn, Connection)
-        for table, key in ((self._open, swarm_conn.key), (self.connections, swarm_conn.muxer.peer_id)):
-            entries: list[Any] = table.get(key, [])  # type: ignore[call-overload]
-            if swarm_conn in entries:
-                entries.remove(swarm_conn)
-                if not entries:
-                    del table[key]  # type: ignore[arg-type]
-                if table is self._open:
-                    self.on_disconnected(swarm_conn)
+        key, peer_id = swarm_conn.key, swarm_conn.muxer.peer_id
+        if swarm_conn not in self._open.get(key, ()):
+            return
+        self._open[key] = [c for c in self._open[key] if c is not swarm_conn]
+        self.connections[peer_id] = [c for c in self.connections[peer_id] if c is not swarm_conn]
+        if not self._open[key]:
+            del self._open[key]
+            del self.connections[peer_id]
+        self.on_disconnected(swarm_conn)
 
     def connection_to(self, key: bytes) -> Connection | None:
         """The newest open connection with a peer."""
@@ -306,11 +307,13 @@ class Network(Swarm):
             return "address"
         return None
 
-    async def _upgrade_inbound(self, tcp: TcpStream) -> IMuxedConn | None:
+    async def _upgrade_inbound(self, tcp: TcpStream) -> Muxer | None:
         self._handshaking += 1
         try:
             with trio.fail_after(self.limits.handshake_s):
-                return await self.upgrade_inbound_raw_conn(RawConnection(tcp, False), Multiaddr("/ip4/0.0.0.0/tcp/0"))
+                muxer = await self.upgrade_inbound_raw_conn(RawConnection(tcp, False), _ANY_ADDRESS)
+            assert isinstance(muxer, Muxer)
+            return muxer
         except Exception as error:  # noqa: BLE001  (the edge: a handshake made of garbage can raise anything)
             self.refused["handshake"] += 1
             log.debug("inbound handshake with %s failed: %r", tcp.get_remote_address(), error)

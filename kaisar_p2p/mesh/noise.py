@@ -1,7 +1,8 @@
 """Noise transport: libp2p's XX handshake, then our own session.
 
-Why not the library's session: it reads the socket twice and takes several locks for every frame. This one decrypts all complete
-frames of a read at once and hands the muxer a shared buffer (https://github.com/libp2p/specs/blob/master/noise/README.md).
+Why not the library's session: it reads the socket twice and takes several locks for every frame. This one decrypts
+all complete frames of a read at once and hands the muxer a shared buffer
+(https://github.com/libp2p/specs/blob/master/noise/README.md).
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class NoiseSession(SecureSession):
 
 
 class NoiseTransport(Transport):
-    """Upgrades a raw connection; the static Noise key is fresh in every process, the signed machine key is the identity."""
+    """Upgrades a raw connection; the static key is fresh in every process, the machine key signs it."""
 
     def __init__(self, key_pair: KeyPair) -> None:
         super().__init__(key_pair, noise_privkey=X25519PrivateKey.new())

@@ -18,8 +18,9 @@ _CHUNK_BYTES = 256 * 1024
 class MeshStream:
     """A stream to one peer. Frames are a length of 4 bytes, big-endian, and so many bytes.
 
-    `peer` is the peer's machine key, `protocol` what was agreed on. Every method raises RequestFailed when the peer ends or
-    resets the stream or breaks a limit. Leaving the context ends the stream; leaving it with an exception resets it.
+    `peer` is the peer's machine key, `protocol` what was agreed on. Every method raises RequestFailed when the peer
+    ends or resets the stream or breaks a limit. Leaving the context ends the stream; leaving it with an exception
+    resets it.
     """
 
     def __init__(self, stream: MuxedStream, peer: bytes, protocol: str, max_frame_bytes: int) -> None:

@@ -1,11 +1,12 @@
 """Yamux: many streams over one encrypted connection (https://github.com/hashicorp/yamux/blob/master/spec.md).
 
-Replaces the library's muxer, whose receive windows are not enforced (a peer can fill our memory), which has no limit of streams and
-sends a window update for every read. Here one task reads, one writes whatever has gathered meanwhile, one sends pings.
+Replaces the library's muxer, whose receive windows are not enforced (a peer can fill our memory), which has no
+limit of streams and sends a window update for every read. Here one task reads, one writes whatever has gathered
+meanwhile, one sends pings.
 
-What a peer can cost: `streams_per_connection` streams, the window of each until somebody reads it, and never more than
-`_BUFFERED_BYTES` in all; then the connection is not read until the handlers catch up. Whoever breaks the framing or a window
-loses the connection.
+What a peer can cost: `streams_per_connection` streams, the window of each until somebody reads it, and never more
+than `_BUFFERED_BYTES` in all; then the connection is not read until the handlers catch up. Whoever breaks the
+framing or a window loses the connection.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class MuxedStream(IMuxedStream):
             self._connection.enqueue(_HEADER.pack(0, _WINDOW, 0, self.stream_id, more))
 
     async def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Send all of `data`; waits for the peer's window. Raises MuxedStreamError when the stream cannot send any more."""
+        """Send all of `data`, waiting for the peer's window; raises MuxedStreamError when the stream is over."""
         async with self._write_lock:
             view = memoryview(bytes(data))
             while view:
@@ -210,7 +211,7 @@ class MuxedStream(IMuxedStream):
         self._connection.consumed(len(self._received))
         self._received.clear()
 
-    def set_deadline(self, ttl: int) -> bool:
+    def set_deadline(self, ttl: int) -> None:
         """Deadlines are cancel scopes of the caller."""
         raise NotImplementedError("use trio.fail_after")
 
@@ -315,7 +316,7 @@ class Muxer(IMuxedConn):
         """Run one of the loops; whichever ends, ends the connection."""
         try:
             await loop()
-        except Exception as error:  # noqa: BLE001  (the edge: whatever a peer's bytes can cause ends its connection only)
+        except Exception as error:  # noqa: BLE001  (the edge: a peer's bytes end its connection, nothing else)
             log.debug("connection with %s ends: %r", self.peer_id, error)
         assert self._scope is not None
         self._scope.cancel()

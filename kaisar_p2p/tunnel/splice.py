@@ -65,9 +65,10 @@ async def splice(
 ) -> TunnelCounters:
     """Carry bytes both ways until both sides have finished, one breaks, or nothing moves for `idle_timeout_s`.
 
-    The end of one direction is passed on while the other goes on (half-close). At most one chunk per direction is held here, the rest is
-    bounded by the stream's window and the kernel's buffers. Both ends are closed on return; after a break or when idle, the stream is reset,
-    so that the other side notices. `counters` may be given to watch the bytes while they move. Never raises but for cancellation.
+    The end of one direction is passed on while the other goes on (half-close). At most one chunk per direction is
+    held here, the rest is bounded by the stream's window and the kernel's buffers. Both ends are closed on return;
+    after a break or when idle, the stream is reset, so that the other side notices. `counters` may be given to
+    watch the bytes while they move. Never raises but for cancellation.
     """
     counters = counters if counters is not None else TunnelCounters()
     finished = False
@@ -125,8 +126,9 @@ async def serve_local(
 ) -> None:
     """Listen on `listen_host` and carry every connection over a stream of its own from `open_remote`.
 
-    `port` 0 takes any free one; the bound port is reported with `task_status` (``port = await nursery.start(serve_local, …)``). Connections
-    over `max_connections` are closed at once; so is one whose stream cannot be opened, with a log entry. Runs until cancelled.
+    `port` 0 takes any free one; the bound port is reported with `task_status` (``port = await
+    nursery.start(serve_local, …)``). Connections over `max_connections` are closed at once; so is one whose stream
+    cannot be opened, with a log entry. Runs until cancelled.
 
     Raises PortUnavailable.
     """
