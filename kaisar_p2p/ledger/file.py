@@ -6,6 +6,7 @@ in nonce order of each account; a block is a range of them. Those behind the las
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,8 +47,10 @@ class LedgerFile:
             LedgerCorrupt: damaged, or its genesis block does not match its document.
         """
         self.path = path
-        if not path.is_file():
-            raise LedgerError(f"no ledger at {path}", hint="create it first, or check the path")
+        if not os.path.isfile(path):  # unlike Path.is_file, False as well when the directory is closed to us
+            raise LedgerError(f"no ledger at {path}", hint="create it first, or check the path and its directory")
+        if not os.access(path, os.R_OK | os.W_OK):  # SQLite would open it for reading only
+            raise LedgerError(f"{path} cannot be read and written", hint="check its owner and mode")
         with translated(path):
             self._connection = sqlite3.connect(
                 f"{path.absolute().as_uri()}?mode=rw",
@@ -78,7 +81,7 @@ class LedgerFile:
         check_version(self.path, application_id, version)
         query("PRAGMA synchronous=FULL")
         query("PRAGMA journal_size_limit=16777216")
-        with self.writing():  # a file that cannot be written shows here, not at the first call
+        with self.writing():  # a directory that cannot be written shows here, not at the first call
             pass
         self.genesis: bytes = query("SELECT document FROM genesis").fetchone()[0]
         self.network = sha256(self.genesis)

@@ -57,7 +57,10 @@ class Receipt:
 
 
 class CallSigner(Protocol):
-    """A wallet, as far as the ledger needs it. Called in a worker thread."""
+    """A wallet, as far as the ledger needs it.
+
+    `sign` runs in a worker thread and holds up every other submission, so unlock the wallet before.
+    """
 
     @property
     def public_key(self) -> bytes:

@@ -140,7 +140,7 @@ def test_another_format_is_not_opened(ledger_path: Path, version: int, message: 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everything")
 def test_a_read_only_file_is_named(ledger_path: Path) -> None:
     ledger_path.chmod(0o400)
-    with pytest.raises(LedgerError, match="cannot be written"):
+    with pytest.raises(LedgerError, match="cannot be read and written"):
         LedgerFile(ledger_path)
 
 
