@@ -38,10 +38,8 @@ class Chain:
 
     async def run(self) -> None:
         """Apply every finalized block, from the beginning; until cancelled."""
-        async with aclosing(self.ledger.follow(None)) as blocks:  # type: ignore[type-var]
+        async with aclosing(self.ledger.follow(None)) as blocks:
             async for block in blocks:
-                if block.number == 0:
-                    continue
                 self.state, events = apply(self.state, block)
                 self._remember_outcomes(events)
                 live = self._clock.now() - block.time_ms / 1000 < max(LIVE_LAG_S, 4 * self.state.params.slot_ms / 1000)

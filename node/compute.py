@@ -23,7 +23,8 @@ class Computer:
         def work() -> Proof | matproof.CheckResult:
             if isinstance(task, ProveTask):
                 return self._backend.prove(task.job, task.seed, lambda: cancelled)
-            return matproof.check(task.job, task.seed, task.roots, task.tags, task.randomness, task.samples)
+            tags = [matproof.tags_from_bytes(task.job, each) for each in task.tags]
+            return matproof.check(task.job, task.seed, task.roots, tags, task.randomness, task.samples)
 
         try:
             return await trio.to_thread.run_sync(work, limiter=self._limiter, abandon_on_cancel=True)

@@ -1,7 +1,7 @@
-"""One bounded inbox with lanes: each kind of event has a priority, a length and a rule for what to drop when it is full.
+"""One bounded inbox with lanes: each kind of event has a priority, a length and a rule for what to drop when full.
 
-A flood in one lane never delays a lane above it, and our own backlog never makes a message "late": events carry the time
-at which they were received.
+A flood in one lane never delays a lane above it, and our own backlog never makes a message "late": events carry the
+time at which they were received.
 """
 
 from __future__ import annotations

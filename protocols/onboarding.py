@@ -1,6 +1,7 @@
 """How a node becomes what its roles say: bound machine, licence and stake, registered and certified worker.
 
-`protocols/README.md`, "Joining". Everything follows from ledger state, so that a restart at any point goes on where it was.
+`protocols/README.md`, "Joining". Everything follows from ledger state, so that a restart at any point goes on where it
+was.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ REGISTRATION_STEPS = (
     "result",
     "registered",
 )
-"""The ten steps that a provider sees (requirement P2); the node reports 1 to 7 while it starts, `Onboarding` the rest."""
+"""The ten steps that a provider sees (P2); the node reports 1 to 7 while it starts, `Onboarding` the rest."""
 
 
 def registration_note(step: int, text: str) -> Note:
@@ -69,7 +70,7 @@ class Onboarding:
 
     def _missing(self, state: State) -> list[Action]:
         machine = state.machines.get(self.keys.public_key)
-        if machine is None or machine.owner == self.owner and machine.roles & self.roles != self.roles:
+        if machine is None or (machine.owner == self.owner and machine.roles & self.roles != self.roles):
             roles = self.roles | (machine.roles if machine else 0)
             bind = bind_call(self.keys, self.owner, roles, state.network)
             return [*self._checker_calls(state), Submit("machine.bind", calls.payload_of(bind))]
