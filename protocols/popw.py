@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, TypeVar
+from typing import Annotated, ClassVar
 
-from kaisar_p2p.errors import DecodeError, SignatureError
+from kaisar_p2p.errors import DecodeError
 from kaisar_p2p.wire import vrf
 from kaisar_p2p.wire.codec import U16, U32, U64, AtMost, Bytes12, Bytes32, Bytes64, Count, decode, encode, message
 from kaisar_p2p.wire.crypto import domain_hash, verify
-from kaisar_p2p.wire.envelope import Signed, Verified, open_signed
+from kaisar_p2p.wire.envelope import Verified
+from kaisar_p2p.wire.judge import judge_signature, peek_signed
 from kaisar_p2p.wire.matproof import Job
 from kaisar_p2p.wire.verdict import Verdict
-from protocols.committees import check_committee
+from protocols.committees import check_committee, verify_certificate
 from protocols.interpreter.state import State
 from protocols.params import Params
-from protocols.quorum import MAX_SEATS, Committee, SignedCore, VerdictCore, check_signature
-
-M = TypeVar("M")
+from protocols.quorum import (
+    MAX_SEATS,
+    Committee,
+    QuorumCertificate,
+    SignedCore,
+    VerdictCore,
+    WitnessCore,
+    check_signature,
+)
 
 CHALLENGE_PROTOCOL = "/kaisar/challenge/1"
 VOTE_PROTOCOL = "/kaisar/vote/1"
@@ -107,6 +114,7 @@ class Assignment:
 
 ENVELOPE_BYTES_MAX = 16_384
 """Largest envelope of a challenge, commit or assignment: 64 seats at 100 bytes, 16 roots and the frame around them."""
+CERTIFICATE_BYTES_MAX = 8_192
 NO_COMMIT = bytes(32)
 NO_DIGEST = bytes(32)
 CHECKED = frozenset({PASS, LATE, WRONG})
@@ -156,22 +164,11 @@ def check_horizon_slots(params: Params) -> int:
 # ── validation ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def peek(cls: type[M], data: bytes) -> tuple[bytes, M] | None:
-    """Signer and message of an envelope **before** its signature is checked, for the cheap rules; None if malformed."""
-    if len(data) > ENVELOPE_BYTES_MAX:
-        return None
-    try:
-        signed = decode(Signed, data)
-        return signed.signer, decode(cls, signed.body)
-    except DecodeError:
-        return None
-
-
 def validate_challenge(
     data: bytes, peer: bytes, worker: bytes, committee: Committee, state: State
 ) -> tuple[Verdict, str, Verified[Challenge] | None]:
     """A seat's challenge as its worker sees it; the caller has looked up the committee of the challenge's slot."""
-    seen = peek(Challenge, data)
+    seen = peek_signed(Challenge, data, ENVELOPE_BYTES_MAX)
     # [REJECT] It is a canonical envelope of a challenge.
     if seen is None:
         return Verdict.REJECT, "not a challenge", None
@@ -186,7 +183,7 @@ def validate_challenge(
     if challenge.seat >= len(committee.seats) or committee.seats[challenge.seat] != signer or signer != peer:
         return Verdict.REJECT, "not that seat's challenge", None
     # [REJECT] The signature is right.
-    return _signed(Challenge, data, state.network)
+    return judge_signature(Challenge, data, state.network)
 
 
 def validate_commit(
@@ -197,7 +194,7 @@ def validate_commit(
     Otherwise a worker could invent the values of absent seats and compute before it was asked. A commit without the
     seat's own value is fine: its challenge came after the run had started, and T others prove that the run is fresh.
     """
-    seen = peek(Commit, data)
+    seen = peek_signed(Commit, data, ENVELOPE_BYTES_MAX)
     # [REJECT] It is a canonical envelope of a commit.
     if seen is None:
         return Verdict.REJECT, "not a commit", None
@@ -215,7 +212,7 @@ def validate_commit(
     if own.seat in seats and commit.values[seats.index(own.seat)] != own.value:
         return Verdict.REJECT, "not the value that this seat sent", None
     # [REJECT] All signatures are right: the worker's, then those of the challenges.
-    verdict, reason, verified = _signed(Commit, data, network)
+    verdict, reason, verified = judge_signature(Commit, data, network)
     if verified is not None and not _challenges_signed(commit, seats, committee, network):
         return Verdict.REJECT, "bad signature on a challenge", None
     return verdict, reason, verified
@@ -266,19 +263,64 @@ def validate_vote(
     return Verdict.ACCEPT, "", signed
 
 
+def _possible(core: VerdictCore) -> bool:
+    return core.verdict in VERDICT_NAMES and (core.verdict == SILENT) == (core.commit == NO_COMMIT)
+
+
 def _well_formed(core: VerdictCore, private: PrivatePart) -> bool:
-    if core.verdict not in VERDICT_NAMES or (core.verdict == SILENT) != (core.commit == NO_COMMIT):
+    if not _possible(core):
         return False
     if core.verdict in CHECKED:
         return len(private.vrf_proof) == vrf.PROOF_BYTES
     return private.vrf_proof == b"" and private.digest == NO_DIGEST
 
 
+def validate_certificate(
+    data: bytes, received_at: float, state: State
+) -> tuple[Verdict, str, QuorumCertificate | None]:
+    """Gossip on `certificate`: of checks, and of the orders' tickets, READY and witness windows. About 1 ms.
+
+    Two certificates on one check, by two aggregators, are both valid; the caller drops repeated bytes.
+    """
+    # [REJECT] It is a canonical certificate.
+    if len(data) > CERTIFICATE_BYTES_MAX:
+        return Verdict.REJECT, "too large", None
+    try:
+        certificate = decode(QuorumCertificate, data)
+    except DecodeError as error:
+        return Verdict.REJECT, error.message, None
+    core = certificate.core
+    if isinstance(core, VerdictCore):
+        # [IGNORE] The slot has started here and is remembered; the worker is known.
+        if core.slot not in state.beacons or core.worker not in state.workers:
+            return Verdict.IGNORE, "unknown slot or worker", None
+        # [REJECT] Slot and epoch match, and the verdict is one.
+        if core.epoch != state.params.epoch_of_slot(core.slot) or not _possible(core):
+            return Verdict.REJECT, "impossible verdict", None
+        committee = check_committee(state, core.slot, core.worker)
+    else:
+        order = state.orders.get(core.order_id)
+        # [REJECT] The order is that worker's.
+        if order is not None and order.worker != core.worker:
+            return Verdict.REJECT, "another worker's order", None
+        # [IGNORE] A window that has not begun here.
+        if isinstance(core, WitnessCore) and core.slot > state.slot:
+            return Verdict.IGNORE, "unknown slot", None
+        committee = Committee(order.seats, order.threshold) if order is not None else None
+    # [IGNORE] The committee, or the order, is known.
+    if committee is None:
+        return Verdict.IGNORE, "no committee, or unknown order", None
+    # [REJECT] A quorum of the committee signed it.
+    if not verify_certificate(certificate, committee, state.network):
+        return Verdict.REJECT, "no quorum signed it", None
+    return Verdict.ACCEPT, "", certificate
+
+
 def validate_assignment(
     data: bytes, received_at: float, state: State
 ) -> tuple[Verdict, str, Verified[Assignment] | None]:
     """Gossip on `assignment`."""
-    seen = peek(Assignment, data)
+    seen = peek_signed(Assignment, data, ENVELOPE_BYTES_MAX)
     # [REJECT] It is a canonical envelope of an assignment.
     if seen is None:
         return Verdict.REJECT, "not an assignment", None
@@ -297,11 +339,4 @@ def validate_assignment(
     if signer not in committee.seats or assignment.seats != committee.seats:
         return Verdict.REJECT, "wrong committee", None
     # [REJECT] The signature is right.
-    return _signed(Assignment, data, state.network)
-
-
-def _signed(cls: type[M], data: bytes, network: bytes) -> tuple[Verdict, str, Verified[M] | None]:
-    try:
-        return Verdict.ACCEPT, "", open_signed(cls, data, network)
-    except (DecodeError, SignatureError) as error:
-        return Verdict.REJECT, error.message, None
+    return judge_signature(Assignment, data, state.network)

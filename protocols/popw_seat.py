@@ -190,10 +190,9 @@ class SeatMachine:
 
     def _start_slot(self, state: State, slot: int, now: float) -> list[Action]:
         actions: list[Action] = []
-        key = self._keys.public_key
         for due in due_workers(state, slot):
-            committee = check_committee(state, slot, due.worker) if due.worker != key else None
-            if committee is None or key not in committee.seats:
+            committee = check_committee(state, slot, due.worker)
+            if committee is None or self._keys.public_key not in committee.seats:
                 continue
             if len(self._checks) >= self._max_checks:
                 actions.append(Note("check_skipped", (("slot", slot), ("worker", due.worker.hex()))))
@@ -250,7 +249,9 @@ class SeatMachine:
         return []
 
     def _commit_frame(self, check: Check, event: Answer, state: State, now: float) -> list[Action]:
-        elapsed_s = max(0.0, event.received_at - check.sent_at)
+        # Our own queue is not the worker's delay. A second attempt counts from the first, which may have arrived.
+        sent_at = event.sent_at if event.sent_at and not check.attempt else check.sent_at
+        elapsed_s = max(0.0, event.received_at - sent_at)
         limit_ms = state.params.challenge_wait_ms + state.params.deadline_ms
         _, _, verified = validate_commit(event.payload, check.challenge, check.committee, state.network)
         if verified is None or elapsed_s > limit_ms / 1000 + MARGIN_S:

@@ -13,6 +13,7 @@ from kaisar_p2p.wire import matproof
 from kaisar_p2p.wire.codec import decode, encode
 from kaisar_p2p.wire.crypto import KeyPair, sha256
 from kaisar_p2p.wire.envelope import Signed, Verified, seal
+from kaisar_p2p.wire.judge import peek_signed
 from protocols.actions import (
     Action,
     BlockApplied,
@@ -35,11 +36,11 @@ from protocols.interpreter.events import SlotStarted
 from protocols.interpreter.state import State
 from protocols.popw import (
     CHALLENGE_PROTOCOL,
+    ENVELOPE_BYTES_MAX,
     Challenge,
     Commit,
     Tags,
     check_horizon_slots,
-    peek,
     seed_of,
     validate_challenge,
 )
@@ -155,7 +156,7 @@ class WorkerCheckMachine:
 
     def _incoming(self, event: Incoming, now: float) -> list[Action]:
         refusal: list[Action] = [Reply(event.call_id, NOTHING)]
-        seen = peek(Challenge, event.payload)
+        seen = peek_signed(Challenge, event.payload, ENVELOPE_BYTES_MAX)
         if seen is None or self._state is None:
             return refusal
         slot = seen[1].slot
@@ -259,7 +260,7 @@ class WorkerCheckMachine:
 
 
 def _slot_of(call: Incoming) -> int:
-    seen = peek(Challenge, call.payload)
+    seen = peek_signed(Challenge, call.payload, ENVELOPE_BYTES_MAX)
     return seen[1].slot if seen else 0
 
 
