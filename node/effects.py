@@ -175,9 +175,10 @@ class NodeEffects:
         )
         async with stream:
             await stream.send_frame(action.payload)
+            sent_at = self.clock.now()
             for _ in range(action.max_frames):
                 frame = await stream.receive_frame()
-                self.inbox.put(Lane.RESULT, do.Answer(action.request_id, frame, self.clock.now()))
+                self.inbox.put(Lane.RESULT, do.Answer(action.request_id, frame, self.clock.now(), sent_at))
 
     async def _request_self(self, action: do.Request) -> None:
         """A node with several roles may be drawn to check or serve itself: same path, without a stream."""

@@ -49,11 +49,12 @@ class Incoming:
 
 @dataclass(frozen=True)
 class Answer:
-    """One frame of a peer's answer to our `Request`."""
+    """One frame of a peer's answer to our `Request`; `sent_at` is when the request's frame went out (0 = not known)."""
 
     request_id: str
     payload: bytes
     received_at: float
+    sent_at: float = 0.0
 
 
 @dataclass(frozen=True)
