@@ -19,11 +19,7 @@ from protocols.interpreter.state import ACTIVE, ORDER_CANCELLED, ORDER_CLOSED, O
 from protocols.orders import Offer
 from protocols.params import PERMILLE
 from protocols.quorum import Committee
-
-
-def cost_planck(price_planck_per_hour: int, seconds: int) -> int:
-    """Price of `seconds`, rounded up to a planck; an order locks that of its whole duration."""
-    return -(-price_planck_per_hour * seconds // 3600)
+from protocols.settlement import cost_planck
 
 
 def place(draft: Draft, signer: bytes, call: OrderPlace, order_id: bytes) -> bytes:
@@ -31,7 +27,7 @@ def place(draft: Draft, signer: bytes, call: OrderPlace, order_id: bytes) -> byt
     offer = _open_offer(draft, call)
     worker = _check_offer(draft, signer, call, offer)
     _check_capacity(draft, offer.worker, worker.spec, call.spec.resources)
-    cost = cost_planck(offer.price_planck_per_hour, call.spec.duration_s)
+    cost = cost_planck(offer.price_planck_per_hour, call.spec.duration_s, round_up=True)
     if call.escrow_planck + call.points_planck != cost:
         raise Refused("escrow and points are not exactly the price of the duration")
     account = draft.payer(signer, call.escrow_planck)
@@ -165,7 +161,7 @@ def settle(draft: Draft, call: LeaseSettle) -> bytes:
         raise Refused("older than what was settled")
     if seconds == order.paid_seconds and leaf.outcome == OPEN:
         raise Refused("nothing new to settle")
-    due = min(order.locked_planck, cost_planck(order.price_planck_per_hour, seconds)) - order.paid_planck
+    due = cost_planck(order.price_planck_per_hour, seconds) - order.paid_planck
     paid = replace(
         order,
         escrow_planck=order.escrow_planck - due,
