@@ -1,4 +1,4 @@
-"""The epoch aggregate: trees of verdicts, rewards and leases, a header, a ≥ 2/3 certificate, one anchor on the ledger."""
+"""Messages of the epoch aggregate: trees of verdicts, rewards and leases, a header, a ≥ 2/3 certificate, one anchor."""
 
 from __future__ import annotations
 
@@ -151,7 +151,11 @@ class LeafProof:
 @message(51)
 @dataclass(frozen=True)
 class FetchRequest:
-    """On `/kaisar/fetch/1`: `kind` is "body" (key = header hash), "certificate" (key = its hash), "proposal" …; from `offset`."""
+    """On `/kaisar/fetch/1`: the bytes of an object from `offset` on.
+
+    `kind` is "body" (of a proposal; key = header hash), "anchored" (body of an anchored header) or "certificate"
+    (key = its hash).
+    """
 
     kind: Annotated[str, AtMost(32)]
     key: Bytes32

@@ -1,7 +1,7 @@
 """What a lease has earned: witness windows → lease leaf → planck. Integers only.
 
-A window is a slot. Only windows that a deploy committee certified as UP are paid, so a lease that nobody can reach costs
-nothing from the moment it is gone. Money moves in the ledger's rules, when a leaf of an anchored epoch is proven.
+A window is a slot. Only windows that a deploy committee certified as UP are paid, so a lease that nobody can reach
+costs nothing from the moment it is gone. Money moves in the ledger's rules, when a leaf of an anchored epoch is proven.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def lease_leaf(
     """
     if previous is not None and previous.outcome != OPEN:
         return previous
-    lease = _Lease.of(order, previous, last_slot, params)
+    lease = _Lease.of(order, last_slot, params)
     seen = sorted({slot for slot in windows if lease.placed <= slot <= min(last_slot, lease.cancelled)})
     if previous is None or previous.first_window == NEVER:
         if not seen:
@@ -119,7 +119,7 @@ class _Lease:
     duration_s: int
 
     @classmethod
-    def of(cls, order: OrderState, previous: LeaseLeaf | None, last_slot: int, params: Params) -> _Lease:
+    def of(cls, order: OrderState, last_slot: int, params: Params) -> _Lease:
         ended = order.status in (ORDER_CANCELLED, ORDER_CLOSED)
         return cls(
             placed=params.slot_of(order.placed_block),

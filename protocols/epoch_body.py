@@ -1,0 +1,332 @@
+"""Building an epoch's body and header, and checking those of somebody else. Pure: equal inputs, equal bytes.
+
+A body continues the newest anchored one (`Base`). It covers the slots from there to the end of its epoch, so an epoch
+that was never anchored is made up for by the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+from kaisar_p2p.wire import merkle, vrf
+from kaisar_p2p.wire.codec import encode
+from kaisar_p2p.wire.crypto import domain, domain_hash
+from protocols.committees import check_committee, verify_certificate
+from protocols.deploy import DOWN, UP
+from protocols.digests import registry_root
+from protocols.epochs import (
+    EVIDENCE,
+    LEASES,
+    REWARDS,
+    VERDICTS,
+    EpochBody,
+    EpochHeader,
+    LeaseLeaf,
+    SignedReveal,
+    VerdictLeaf,
+)
+from protocols.interpreter.state import State
+from protocols.params import Params
+from protocols.popw import VERDICT_NAMES
+from protocols.quorum import Committee, QuorumCertificate, VerdictCore, WitnessCore
+from protocols.rewards import cumulative_leaves, epoch_rewards
+from protocols.settlement import lease_leaf, needs_leaf, up_windows
+
+NO_HEADER = bytes(32)
+"""`previous` of the first header of a network."""
+MAX_CERTIFICATES = 65_536
+MAX_REVEALS = 256
+Subject = tuple[int, int, bytes]
+"""(slot, message tag, worker or order): what at most one certificate of all bodies is about; also their order."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a new body continues: the newest anchored header with its body, or nothing at all."""
+
+    header: EpochHeader | None
+    header_hash: bytes
+    body: EpochBody | None
+
+    @property
+    def first_slot(self) -> int:
+        """The first slot that is not covered yet."""
+        return self.header.last_slot + 1 if self.header is not None else 0
+
+    @cached_property
+    def subjects(self) -> frozenset[Subject]:
+        """What the body has certificates on."""
+        subjects = (subject_of(certificate) for certificate in self.body.certificates) if self.body else ()
+        return frozenset(subject for subject in subjects if subject is not None)
+
+
+GENESIS = Base(None, NO_HEADER, None)
+
+
+def last_slot_of(epoch: int, params: Params) -> int:
+    """The last slot of an epoch."""
+    return (epoch + 1) * params.epoch_slots - 1
+
+
+# ── what counts ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def certificate_hash(certificate: QuorumCertificate, network: bytes) -> bytes:
+    """Identity of a certificate: what a verdict leaf holds, and the key to fetch it by."""
+    return domain_hash("kaisar/cert", network, encode(certificate))
+
+
+def subject_of(certificate: QuorumCertificate) -> Subject | None:
+    """What the certificate is about; None for kinds that epochs do not collect."""
+    core = certificate.core
+    if isinstance(core, VerdictCore):
+        return core.slot, 23, core.worker
+    if isinstance(core, WitnessCore):
+        return core.slot, 72, core.order_id
+    return None
+
+
+def committee_of(state: State, certificate: QuorumCertificate) -> Committee | None:
+    """Who may sign this certificate by the ledger; None when that is unknown or its content makes no sense."""
+    core = certificate.core
+    if isinstance(core, VerdictCore):
+        if core.epoch != state.params.epoch_of_slot(core.slot) or core.verdict not in VERDICT_NAMES:
+            return None
+        if core.worker not in state.workers:
+            return None
+        return check_committee(state, core.slot, core.worker)
+    if isinstance(core, WitnessCore):
+        order = state.orders.get(core.order_id)
+        if order is None or order.worker != core.worker or core.status not in (UP, DOWN):
+            return None
+        return Committee(order.seats, order.threshold)
+    return None
+
+
+def is_valid(state: State, certificate: QuorumCertificate) -> bool:
+    """Whether the right committee signed the certificate; about 60 µs for each signature."""
+    committee = committee_of(state, certificate)
+    return committee is not None and verify_certificate(certificate, committee, state.network)
+
+
+def counts(state: State, base: Base, subject: Subject) -> bool:
+    """Whether a certificate on this subject belongs into the body of `state`'s epoch on top of `base`.
+
+    Certificates of the last `certificate_grace_slots` slots before the base's end often come too late for its body:
+    they count in this one, if they are not in that one.
+    """
+    first = base.first_slot - state.params.certificate_grace_slots
+    if not first <= subject[0] <= last_slot_of(state.epoch, state.params):
+        return False
+    return subject[0] >= base.first_slot or subject not in base.subjects
+
+
+# ── the mix ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def mix_input(state: State, epoch: int) -> bytes:
+    """VRF input of the reveals of an epoch."""
+    mix = state.mixes.get(epoch, NO_HEADER)
+    return domain("kaisar/mix", state.network) + epoch.to_bytes(4, "big") + mix
+
+
+def mix_of(state: State, epoch: int, reveals: Iterable[SignedReveal]) -> bytes:
+    """The mix that verified reveals make: hash over their outputs in the order of keys, or over the old mix if none."""
+    outputs = [vrf.proof_to_hash(reveal.proof) for reveal in sorted(reveals, key=lambda reveal: reveal.key)]
+    parts = outputs or [state.mixes.get(epoch, NO_HEADER)]
+    return domain_hash("kaisar/mix", state.network, epoch.to_bytes(4, "big"), *parts)
+
+
+# ── body, trees, header ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def assemble(
+    state: State,
+    base: Base,
+    reveals: Iterable[SignedReveal],
+    certificates: Iterable[QuorumCertificate],
+    evidence: Iterable[bytes] = (),
+) -> EpochBody:
+    """The body of `state`'s epoch.
+
+    Args:
+        state: after the last block of the epoch.
+        base: the newest anchored header, with its body.
+        reveals: verified ones; any order.
+        certificates: valid ones (`is_valid`); any order. Those that do not count are left out, and of several on one
+            subject the one with the lowest hash is taken.
+        evidence: hashes of verified evidence.
+    """
+    epoch, params = state.epoch, state.params
+    chosen = _chosen(state, base, certificates)
+    slots = range(base.first_slot, last_slot_of(epoch, params) + 1)
+    old_leases = {leaf.order_id: leaf for leaf in base.body.leases} if base.body is not None else {}
+    leases = _leases(state, slots, old_leases, chosen)
+    seconds = {leaf.order_id: leaf.seconds - _seconds(old_leases.get(leaf.order_id)) for leaf in leases}
+    old_rewards = base.body.rewards if base.body is not None else ()
+    return EpochBody(
+        epoch=epoch,
+        reveals=tuple(sorted(reveals, key=lambda reveal: reveal.key))[:MAX_REVEALS],
+        certificates=chosen,
+        rewards=cumulative_leaves(old_rewards, epoch_rewards(state, epoch, slots, chosen, seconds)),
+        leases=leases,
+        evidence=tuple(sorted(set(evidence))),
+    )
+
+
+def leaves_of(body: EpochBody, tree: int, network: bytes) -> tuple[bytes, ...]:
+    """Leaf data of one of the trees VERDICTS, REWARDS, LEASES, EVIDENCE, in the tree's order."""
+    if tree == VERDICTS:
+        return tuple(
+            encode(leaf)
+            for certificate in body.certificates
+            if (leaf := verdict_leaf(certificate, network)) is not None
+        )
+    if tree == REWARDS:
+        return tuple(encode(leaf) for leaf in body.rewards)
+    if tree == LEASES:
+        return tuple(encode(leaf) for leaf in body.leases)
+    if tree == EVIDENCE:
+        return body.evidence
+    raise ValueError(f"there is no tree {tree}")
+
+
+def verdict_leaf(certificate: QuorumCertificate, network: bytes) -> VerdictLeaf | None:
+    """The leaf of a check; None for other certificates, which show in the lease leaves."""
+    core = certificate.core
+    if not isinstance(core, VerdictCore):
+        return None
+    digest = certificate_hash(certificate, network)
+    votes = certificate.mask.bit_count()
+    return VerdictLeaf(core.epoch, core.slot, core.worker, core.verdict, votes, core.commit, digest)
+
+
+def header_of(body: EpochBody, round_: int, state: State, base: Base, state_root: bytes) -> EpochHeader:
+    """The header over a body. `state_root` is that of `state`."""
+    trees = [leaves_of(body, tree, state.network) for tree in (VERDICTS, REWARDS, LEASES, EVIDENCE)]
+    roots = [merkle.root(tree) for tree in trees]
+    old = sum(leaf.cumulative_planck for leaf in base.body.rewards) if base.body is not None else 0
+    return EpochHeader(
+        epoch=body.epoch,
+        round=round_,
+        first_slot=base.first_slot,
+        last_slot=last_slot_of(body.epoch, state.params),
+        previous=base.header_hash,
+        mix=mix_of(state, body.epoch, body.reveals),
+        registry_root=registry_root(state.registries.get(body.epoch, ())),
+        state_root=state_root,
+        verdict_root=roots[VERDICTS],
+        reward_root=roots[REWARDS],
+        lease_root=roots[LEASES],
+        evidence_root=roots[EVIDENCE],
+        log_root=merkle.EMPTY_ROOT,
+        verdicts=len(trees[VERDICTS]),
+        rewards=len(trees[REWARDS]),
+        leases=len(trees[LEASES]),
+        evidence=len(trees[EVIDENCE]),
+        minted_planck=sum(leaf.cumulative_planck for leaf in body.rewards) - old,
+    )
+
+
+def belongs_to(body: EpochBody, header: EpochHeader, network: bytes) -> bool:
+    """Whether the body has the header's roots and counts: enough for a header that is anchored."""
+    roots = (header.verdict_root, header.reward_root, header.lease_root, header.evidence_root)
+    sizes = (header.verdicts, header.rewards, header.leases, header.evidence)
+    for tree in (VERDICTS, REWARDS, LEASES, EVIDENCE):
+        leaves = leaves_of(body, tree, network)
+        if len(leaves) != sizes[tree] or merkle.root(leaves) != roots[tree]:
+            return False
+    return body.epoch == header.epoch
+
+
+# ── checking somebody else's ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a member knows by itself when it judges a proposal.
+
+    `certificates` and `evidence` are verified. `due` are the subjects, and `due_reveals` the checkers, that the
+    proposer must have known of as well, because they were known here early enough.
+    """
+
+    certificates: Mapping[Subject, QuorumCertificate]
+    due: frozenset[Subject] = frozenset()
+    due_reveals: frozenset[bytes] = frozenset()
+    evidence: frozenset[bytes] = frozenset()
+
+
+def check_body(header: EpochHeader, body: EpochBody, state: State, base: Base, state_root: bytes, known: Known) -> str:
+    """Why a member must not sign this header, or "" if it may: every leaf is recomputed, every signature checked."""
+    if body.epoch != header.epoch or header.epoch != state.epoch:
+        return "the body is of another epoch"
+    problem = _check_reveals(body, state, known) or _check_certificates(body, state, base, known)
+    if problem:
+        return problem
+    if not known.evidence.issuperset(body.evidence):
+        return "evidence that is not known here"
+    rebuilt = assemble(state, base, body.reveals, body.certificates, body.evidence)
+    for name in ("reveals", "certificates", "rewards", "leases", "evidence"):
+        if getattr(rebuilt, name) != getattr(body, name):
+            return f"wrong {name}"
+    own = header_of(rebuilt, header.round, state, base, state_root)
+    wrong = [item.name for item in fields(own) if getattr(own, item.name) != getattr(header, item.name)]
+    return f"wrong {', '.join(wrong)} in the header" if wrong else ""
+
+
+def _check_reveals(body: EpochBody, state: State, known: Known) -> str:
+    members = {key for key, stake in state.registries.get(body.epoch, ()) if stake > 0}
+    alpha = mix_input(state, body.epoch)
+    keys = [reveal.key for reveal in body.reveals]
+    if len(set(keys)) != len(keys) or not members.issuperset(keys):
+        return "a reveal of somebody who is not in the registry, or two of one member"
+    if not known.due_reveals.issubset(keys):
+        return "a reveal that was published in time is left out"
+    if any(vrf.verify(reveal.key, alpha, reveal.proof) is None for reveal in body.reveals):
+        return "a false reveal"
+    return ""
+
+
+def _check_certificates(body: EpochBody, state: State, base: Base, known: Known) -> str:
+    included = set()
+    for certificate in body.certificates:
+        subject = subject_of(certificate)
+        if subject is None or not counts(state, base, subject):
+            return "a certificate that does not belong into this epoch"
+        if known.certificates.get(subject) != certificate and not is_valid(state, certificate):
+            return "an invalid certificate"
+        included.add(subject)
+    missing = {subject for subject in known.due if counts(state, base, subject)} - included
+    return f"{len(missing)} certificates that were known in time are left out" if missing else ""
+
+
+# ── pieces ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _chosen(state: State, base: Base, certificates: Iterable[QuorumCertificate]) -> tuple[QuorumCertificate, ...]:
+    best: dict[Subject, tuple[bytes, QuorumCertificate]] = {}
+    for certificate in certificates:
+        subject = subject_of(certificate)
+        if subject is None or not counts(state, base, subject) or committee_of(state, certificate) is None:
+            continue
+        digest = certificate_hash(certificate, state.network)
+        if subject not in best or digest < best[subject][0]:
+            best[subject] = digest, certificate
+    return tuple(best[subject][1] for subject in sorted(best))[:MAX_CERTIFICATES]
+
+
+def _leases(
+    state: State, slots: range, old: Mapping[bytes, LeaseLeaf], certificates: tuple[QuorumCertificate, ...]
+) -> tuple[LeaseLeaf, ...]:
+    windows = up_windows(certificates)
+    return tuple(
+        lease_leaf(order_id, order, old.get(order_id), windows.get(order_id, ()), slots.stop - 1, state.params)
+        for order_id, order in sorted(state.orders.items())
+        if needs_leaf(order, slots.start, state.params)
+    )
+
+
+def _seconds(leaf: LeaseLeaf | None) -> int:
+    return leaf.seconds if leaf is not None else 0
