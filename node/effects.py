@@ -20,6 +20,7 @@ from node.compute import Computer
 from node.containers import Containers
 from node.inbox import Inbox, Lane
 from node.store import NodeStore
+from node.topics import Switchboard
 from protocols import actions as do
 from protocols.actions import Action
 
@@ -57,10 +58,6 @@ class ServedCall:
     receive: trio.MemoryReceiveChannel[tuple[bytes, bool]]
 
 
-Echo = Callable[[str, bytes], None]
-"""Hands our own gossip to our own machines: a seat is also an observer of what it publishes."""
-
-
 @dataclass
 class NodeEffects:
     """The one place where decisions become calls."""
@@ -73,7 +70,7 @@ class NodeEffects:
     submitter: Submitter
     containers: Containers | None
     prober: Prober
-    echo: Echo
+    switchboard: Switchboard
     _served: dict[int, ServedCall] = field(default_factory=dict)
     _next_call: int = 1
     _queues: dict[type, trio.MemorySendChannel[Action]] = field(default_factory=dict)
@@ -151,7 +148,7 @@ class NodeEffects:
 
     async def _publish(self, action: Action) -> None:
         assert isinstance(action, do.Publish)
-        self.echo(action.topic, action.payload)
+        self.switchboard.echo(action.topic, action.payload)
         await self.mesh.publish(action.topic, action.payload)
 
     async def _request(self, action: Action) -> None:

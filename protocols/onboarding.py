@@ -44,7 +44,7 @@ def bind_call(keys: KeyPair, owner: bytes, roles: int, network: bytes) -> calls.
 
 @dataclass
 class Onboarding:
-    """Submits the calls that are still missing, each until the ledger shows its effect."""
+    """Submits the calls that are still missing, each until the ledger shows its effect; nothing while `hold` is set."""
 
     keys: KeyPair
     owner: bytes
@@ -53,6 +53,7 @@ class Onboarding:
     price_planck_per_hour: int = 0
     addrs: tuple[str, ...] = ()
     announce: bool = False
+    hold: bool = False
     deadline: float | None = None
     _reported: set[int] = field(default_factory=set)
     _state: State | None = None
@@ -61,7 +62,7 @@ class Onboarding:
         """Blocks drive it; a challenge and a certificate about our worker are reported."""
         if isinstance(event, BlockApplied):
             self._state = event.state
-            return self._missing(event.state) if event.live else []
+            return self._missing(event.state) if event.live and not self.hold else []
         if isinstance(event, Incoming) and event.protocol == CHALLENGE_PROTOCOL:
             return self._report(8, "challenged by a committee, computing")
         if isinstance(event, Gossip) and event.topic == "certificate" and isinstance(event.message, QuorumCertificate):
