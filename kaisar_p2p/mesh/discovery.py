@@ -37,7 +37,7 @@ _Key = Annotated[bytes, Exactly(32)]
 _Addresses = Annotated[tuple[Annotated[str, AtMost(160)], ...], Count(8)]
 
 
-@message(1)
+@message(2)
 @dataclass(frozen=True)
 class PeerAddresses:
     """Where a peer may be reached."""
@@ -46,7 +46,7 @@ class PeerAddresses:
     addresses: _Addresses
 
 
-@message(2)
+@message(3)
 @dataclass(frozen=True)
 class Exchange:
     """Both directions of the peer exchange; `wanted` holds the key that the asker looks for, or nothing."""
