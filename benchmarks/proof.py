@@ -1,4 +1,4 @@
-"""Compute proof and VRF: ``python -m benchmarks.proof``.
+"""Compute proof and VRF: ``python -m benchmarks proof``.
 
 A worker's time should go into the matrix product and nothing else, so the whole proof (rows, product, tags, tree)
 is compared with the bare NumPy product of the same size in the same run.
@@ -6,28 +6,28 @@ is compared with the bare NumPy product of the same size in the same run.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 
+from benchmarks import Figure
 from kaisar_p2p.hardware.prove import NumpyBackend
 from kaisar_p2p.wire import matproof, vrf
 
 SEED = bytes(range(32))
 
 
-def figures(size: int = 8192, repeats: int = 3) -> list[dict[str, Any]]:
-    """Measure everything now, on this machine; about 35 s at the default size on two cores."""
+def figures(size: int = 8192, repeats: int = 5) -> list[Figure]:
+    """Measure everything now, on this machine; about a minute at the default size on two cores."""
     return [_proof_over_product(size, repeats), _check_on_one_core(size), *_vrf()]
 
 
-def _proof_over_product(size: int, repeats: int) -> dict[str, Any]:
+def _proof_over_product(size: int, repeats: int) -> Figure:
     job, backend = matproof.Job(size, size, 128, 1), NumpyBackend()
     left, right = np.empty((2, size, size), np.float32)
     matproof.fill_rows(left, SEED, matproof.MATRIX_A, 0)
@@ -37,8 +37,7 @@ def _proof_over_product(size: int, repeats: int) -> dict[str, Any]:
     proofs: list[float] = []
     for index in range(repeats + 1):
         plain.append(_seconds(lambda: np.matmul(left, right.T, out=product)))
-        seed = index.to_bytes(32, "big")
-        proofs.append(_seconds(lambda seed=seed: backend.prove(job, seed)))  # type: ignore[misc]
+        proofs.append(_seconds(partial(backend.prove, job, index.to_bytes(32, "big"))))
     ratio = median(proofs[1:]) / median(plain[1:])  # the first pair warms up
     return {
         "figure": f"compute proof, n = K = {size}, one round",
@@ -51,7 +50,7 @@ def _proof_over_product(size: int, repeats: int) -> dict[str, Any]:
     }
 
 
-def _check_on_one_core(size: int) -> dict[str, Any]:
+def _check_on_one_core(size: int) -> Figure:
     """In a process of its own: BLAS reads its number of threads when it is loaded."""
     code = f"from benchmarks.proof import seconds_to_check; print(seconds_to_check({size}))"
     environment = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -69,14 +68,14 @@ def seconds_to_check(size: int) -> float:
     return _median_seconds(lambda: matproof.check(job, SEED, roots, tags, bytes(64), 16), 9)
 
 
-def _vrf() -> list[dict[str, Any]]:
+def _vrf() -> list[Figure]:
     public, proof = vrf.public_key(SEED), vrf.prove(SEED, b"alpha")
     verify_ms = 1000 * _median_seconds(lambda: vrf.verify(public, b"alpha", proof), 300)
     prove_ms = 1000 * _median_seconds(lambda: vrf.prove(SEED, b"alpha"), 300)
     return [_limit("VRF verify", verify_ms, "ms", 0.5), _limit("VRF prove", prove_ms, "ms", 0.5)]
 
 
-def _limit(figure: str, value: float, unit: str, limit: float) -> dict[str, Any]:
+def _limit(figure: str, value: float, unit: str, limit: float) -> Figure:
     return {
         "figure": figure,
         "value": round(value, 4),
@@ -97,6 +96,3 @@ def _seconds(work: Callable[[], object]) -> float:
     work()
     return perf_counter() - start
 
-
-if __name__ == "__main__":
-    print(json.dumps(figures(), indent=1, ensure_ascii=False))

@@ -32,8 +32,8 @@ def test_what_is_proven_checks(shape: tuple[int, int, int, int], seed: bytes, ra
 def test_blocking_does_not_change_the_proof(monkeypatch: pytest.MonkeyPatch, buffer_bytes: int) -> None:
     job = Job(72, 64, 8, 2)  # nine tile rows: blocks of three, of one, of all
     whole = NumpyBackend().prove(job, SEED)
-    monkeypatch.setattr(prove, "_LEFT_BYTES", 2 * buffer_bytes)
-    monkeypatch.setattr(prove, "_RIGHT_BYTES", buffer_bytes)
+    monkeypatch.setattr(prove, "_LEFT_BYTES", buffer_bytes)
+    monkeypatch.setattr(prove, "_RIGHT_BYTES", 2 * buffer_bytes)
     blocked = NumpyBackend().prove(job, SEED)
     assert blocked.roots == whole.roots
     assert all((one == other).all() for one, other in zip(blocked.tags, whole.tags, strict=True))
@@ -54,7 +54,7 @@ def test_buffers_are_reused_and_replaced_with_the_shape() -> None:
 
 
 def test_a_proof_stops_between_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prove, "_RIGHT_BYTES", 1)  # one tile column per block
+    monkeypatch.setattr(prove, "_LEFT_BYTES", 1)  # one tile row per block
     calls = count()
     backend = NumpyBackend()
     with pytest.raises(ProofCancelled):
