@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from kaisar_p2p.errors import DecodeError, SignatureError
+from kaisar_p2p.errors import DecodeError
 from kaisar_p2p.wire.codec import U8, U16, U32, U64, AtMost, Bytes32, Count, Text64, Text256, decode, message
-from kaisar_p2p.wire.envelope import Signed, Verified, open_signed
+from kaisar_p2p.wire.envelope import Verified
+from kaisar_p2p.wire.judge import judge_signature, peek_signed
 from kaisar_p2p.wire.verdict import Verdict
 from protocols.committees import verify_certificate
 from protocols.interpreter.state import ORDER_CLOSED, OrderState, State
@@ -145,9 +146,6 @@ def validate_lease(data: bytes, received_at: float, state: State) -> tuple[Verdi
 
     `received_at` in seconds since the Unix epoch; never raises.
     """
-    # [REJECT] It is small.
-    if len(data) > LEASE_BYTES_MAX:
-        return Verdict.REJECT, "too large", None
     if data[1:2] == bytes([QuorumCertificate.TAG]):  # type: ignore[attr-defined]
         return _validate_lease_certificate(data, state)
     return _validate_lease_event(data, received_at, state)
@@ -155,6 +153,8 @@ def validate_lease(data: bytes, received_at: float, state: State) -> tuple[Verdi
 
 def _validate_lease_certificate(data: bytes, state: State) -> tuple[Verdict, str, QuorumCertificate | None]:
     # [REJECT] It is a canonical certificate of a ticket or of READY; others belong to the topic `certificate`.
+    if len(data) > LEASE_BYTES_MAX:
+        return Verdict.REJECT, "too large", None
     try:
         certificate = decode(QuorumCertificate, data)
     except DecodeError as error:
@@ -181,14 +181,13 @@ def _validate_lease_certificate(data: bytes, state: State) -> tuple[Verdict, str
 def _validate_lease_event(
     data: bytes, received_at: float, state: State
 ) -> tuple[Verdict, str, Verified[LeaseEvent] | None]:
+    seen = peek_signed(LeaseEvent, data, LEASE_BYTES_MAX)
     # [REJECT] It is a canonical envelope of a lease event.
-    try:
-        signed = decode(Signed, data)
-        event = decode(LeaseEvent, signed.body)
-    except DecodeError as error:
-        return Verdict.REJECT, error.message, None
+    if seen is None:
+        return Verdict.REJECT, "not a lease event", None
+    signer, event = seen
     # [REJECT] The worker that it names signed it, and it makes sense in itself.
-    if signed.signer != event.worker or not _plausible(event):
+    if signer != event.worker or not _plausible(event):
         return Verdict.REJECT, "impossible lease event", None
     # [IGNORE] It is not from the future.
     if event.at_ms > received_at * 1000 + MAX_SKEW_MS:
@@ -204,10 +203,7 @@ def _validate_lease_event(
     if order.status == ORDER_CLOSED and event.state != ENDED:
         return Verdict.IGNORE, "the order is settled", None
     # [REJECT] The signature is right.
-    try:
-        return Verdict.ACCEPT, "", open_signed(LeaseEvent, data, state.network)
-    except (DecodeError, SignatureError) as error:
-        return Verdict.REJECT, error.message, None
+    return judge_signature(LeaseEvent, data, state.network)
 
 
 def _plausible(event: LeaseEvent) -> bool:
