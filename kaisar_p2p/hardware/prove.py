@@ -35,7 +35,7 @@ class ProofCancelled(HardwareError):
     """The caller no longer wants the proof."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Proof:
     """One root and one array of tags per round."""
 
