@@ -1,0 +1,623 @@
+"""Seats, worker and aggregators back to back in virtual time: real keys, real proofs of a tiny job, no network."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from typing import Any
+
+import pytest
+from immutables import Map
+
+from kaisar_p2p.hardware.prove import NumpyBackend
+from kaisar_p2p.wire import matproof
+from kaisar_p2p.wire.codec import decode, encode
+from kaisar_p2p.wire.crypto import KeyPair
+from kaisar_p2p.wire.envelope import open_signed, seal
+from kaisar_p2p.wire.verdict import Verdict
+from protocols import actions as do
+from protocols.adverts import GPU_CLASS, Spec
+from protocols.committees import check_committee, verify_certificate
+from protocols.equivocation import (
+    DoubleChallenge,
+    DoubleVote,
+    FalsePass,
+    LazyCheck,
+    WrongResult,
+    context_of,
+    validate_evidence,
+    verify_evidence,
+)
+from protocols.interpreter.calls import CHECKER, PROVIDER
+from protocols.interpreter.events import SlotStarted
+from protocols.interpreter.state import ACTIVE, REGISTERED, MachineState, State, WorkerState
+from protocols.machine import Machine
+from protocols.params import DEMO
+from protocols.popw import (
+    BADJOB,
+    CHALLENGE_PROTOCOL,
+    LATE,
+    NO_COMMIT,
+    PASS,
+    SILENT,
+    VOTE_PROTOCOL,
+    WRONG,
+    Challenge,
+    Commit,
+    Vote,
+    aggregators,
+    core_hash,
+    validate_assignment,
+    validate_certificate,
+)
+from protocols.popw_seat import SeatMachine, Stage
+from protocols.popw_worker import NOTHING, WorkerCheckMachine, WorkerFaults
+from protocols.quorum import CoreVote, QuorumCertificate, ReadyCore, VerdictCore
+
+NETWORK = sha256(b"test network").digest()
+PARAMS = replace(DEMO, job_n=64, job_k=64, job_tile=32, standby_check_permille=1000)
+SPEC = Spec(GPU_CLASS, 8, 32_000, 100_000, 1, 24_000, "RTX 4090")
+SLOT = 9
+DELAY_S = 0.03
+PROVE_S = 0.5
+CHECK_S = 0.05
+VALIDATE: dict[str, Callable[..., Any]] = {
+    "certificate": validate_certificate,
+    "assignment": validate_assignment,
+    "evidence": validate_evidence,
+}
+
+
+def keys_of(name: str) -> KeyPair:
+    return KeyPair.from_seed(sha256(name.encode()).digest())
+
+
+SEATS = [keys_of(f"seat {index}") for index in range(7)]
+WORKER = keys_of("worker")
+
+
+def state_at(slot: int = SLOT, status: int = ACTIVE, checkers: list[KeyPair] = SEATS) -> State:
+    owner = bytes(32)
+    first = slot * PARAMS.slot_blocks
+    machines = {seat.public_key: MachineState(owner, CHECKER, 1) for seat in checkers}
+    return State(
+        NETWORK,
+        PARAMS,
+        number=first,
+        machines=Map({**machines, WORKER.public_key: MachineState(owner, PROVIDER, 1)}),
+        workers=Map({WORKER.public_key: WorkerState(owner, SPEC, 1, 0, status, first - 1)}),
+        registries=Map({PARAMS.epoch_of_slot(slot): tuple(sorted((seat.public_key, 10**20) for seat in checkers))}),
+        beacons=Map({each: sha256(b"beacon %d" % each).digest() for each in (slot - 1, slot)}),
+    )
+
+
+@dataclass
+class Node:
+    machines: list[Machine]
+    duties: dict[str, bytes] = field(default_factory=dict)
+    notes: list[do.Note] = field(default_factory=list)
+    state: State | None = None
+
+
+class Swarm:
+    """Nodes, one clock, and a network with a fixed delay; `dead` nodes cannot be reached."""
+
+    def __init__(self, nodes: dict[bytes, Node]) -> None:
+        self.nodes = nodes
+        self.now = 1_000_000.0
+        self.dead: set[bytes] = set()
+        self.published: list[tuple[str, bytes, bytes]] = []
+        self._queue: list[tuple[float, int, bytes, do.Event]] = []
+        self._calls: dict[int, tuple[bytes, str]] = {}
+        self._open: dict[tuple[bytes, str], int] = {}
+        self._count = 0
+
+    def put(self, at: float, node: bytes, event: do.Event) -> None:
+        self._count += 1
+        heapq.heappush(self._queue, (at, self._count, node, event))
+
+    def start_slot(self, state: State, delays: dict[bytes, float] | None = None) -> None:
+        for key, node in self.nodes.items():
+            node.state = state
+            event = do.BlockApplied(state, (SlotStarted(state.slot),))
+            self.put(self.now + (delays or {}).get(key, 0.0), key, event)
+
+    def run(self, seconds: float = 60.0) -> None:
+        end = self.now + seconds
+        while True:
+            wakes = [(m.deadline, key) for key, n in self.nodes.items() for m in n.machines if m.deadline is not None]
+            wake = min(wakes, default=(float("inf"), b""))
+            head = self._queue[0][0] if self._queue else float("inf")
+            at = min(wake[0], head)
+            if at > end:
+                self.now = end
+                return
+            self.now = max(self.now, at)
+            if head <= wake[0]:
+                _, _, key, event = heapq.heappop(self._queue)
+                if isinstance(event, do.RequestEnded) and (key, event.request_id) not in self._open:
+                    continue  # it had ended before
+                if isinstance(event, do.RequestEnded):
+                    del self._open[key, event.request_id]
+                self.step(key, event)
+            else:
+                self.step(wake[1], do.Wake())
+
+    def step(self, key: bytes, event: do.Event) -> None:
+        if key in self.dead:
+            return
+        node = self.nodes[key]
+        actions = [action for machine in node.machines for action in machine.step(event, self.now)]
+        for action in actions:
+            duty = getattr(action, "duty", None)
+            if duty is None or node.duties.setdefault(duty.key, duty.digest) == duty.digest:
+                self.carry_out(key, node, action)
+
+    def carry_out(self, key: bytes, node: Node, action: do.Action) -> None:
+        match action:
+            case do.Request():
+                self._request(key, action)
+            case do.Reply():
+                self._reply(action)
+            case do.Compute(work_id=work_id, task=do.ProveTask() as task):
+                proof = NumpyBackend().prove(task.job, task.seed)
+                self.put(self.now + PROVE_S, key, do.WorkDone(work_id, proof))
+            case do.Compute(work_id=work_id, task=do.CheckTask() as task):
+                tags = [matproof.tags_from_bytes(task.job, sent) for sent in task.tags]
+                result = matproof.check(task.job, task.seed, task.roots, tags, task.randomness, task.samples)
+                self.put(self.now + CHECK_S, key, do.WorkDone(work_id, result))
+            case do.Publish():
+                self._publish(key, action)
+            case do.Note():
+                node.notes.append(action)
+            case _:
+                raise AssertionError(action)
+
+    def _request(self, key: bytes, action: do.Request) -> None:
+        self._count += 1
+        call = self._count
+        self._calls[call], self._open[key, action.request_id] = (key, action.request_id), call
+        if action.peer in self.dead:
+            self.put(self.now + DELAY_S, key, do.RequestEnded(action.request_id, "unreachable"))
+            return
+        event = do.Incoming(call, key, action.protocol, action.payload, self.now + DELAY_S)
+        self.put(self.now + DELAY_S, action.peer, event)
+        self.put(self.now + action.deadline_s, key, do.RequestEnded(action.request_id, "timed out"))
+
+    def _reply(self, action: do.Reply) -> None:
+        key, request_id = self._calls[action.call_id]
+        at = self.now + DELAY_S
+        self.put(at, key, do.Answer(request_id, action.payload, at))
+        if action.last:
+            self.put(at, key, do.RequestEnded(request_id, ""))
+
+    def _publish(self, key: bytes, action: do.Publish) -> None:
+        self.published.append((action.topic, key, action.payload))
+        for other, node in self.nodes.items():
+            verdict, reason, message = VALIDATE[action.topic](action.payload, self.now, node.state)
+            assert verdict is Verdict.ACCEPT, (action.topic, reason)
+            at = self.now + (0 if other == key else DELAY_S)
+            self.put(at, other, do.Gossip(action.topic, message, key, at))
+
+    def topic(self, name: str) -> list[bytes]:
+        return [payload for topic, _, payload in self.published if topic == name]
+
+    def certificates(self) -> list[QuorumCertificate]:
+        return [decode(QuorumCertificate, payload) for payload in self.topic("certificate")]
+
+
+def seat_machine(keys: KeyPair) -> SeatMachine:
+    counter = iter(range(10**6))
+    return SeatMachine(keys, lambda n: sha256(keys.public_key + b"%d" % next(counter)).digest()[:n])
+
+
+def swarm_of(faults: WorkerFaults | None = None, seats: list[KeyPair] = SEATS) -> Swarm:
+    nodes = {keys.public_key: Node([seat_machine(keys)]) for keys in seats}
+    nodes[WORKER.public_key] = Node([WorkerCheckMachine(WORKER, faults)])
+    return Swarm(nodes)
+
+
+def verdict_of(swarm: Swarm, state: State) -> int:
+    """The verdict of all certificates, which must agree and verify."""
+    certificates = swarm.certificates()
+    assert certificates
+    committee = check_committee(state, state.slot, WORKER.public_key)
+    assert committee is not None
+    assert all(verify_certificate(certificate, committee, NETWORK) for certificate in certificates)
+    (core,) = {certificate.core for certificate in certificates}
+    assert isinstance(core, VerdictCore)
+    return core.verdict
+
+
+def order_of(state: State) -> tuple[bytes, ...]:
+    committee = check_committee(state, state.slot, WORKER.public_key)
+    assert committee is not None
+    return aggregators(committee, state.beacons[state.slot], WORKER.public_key, NETWORK)
+
+
+# ── the worker's behaviour decides ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_honest_worker_passes() -> None:
+    swarm, state = swarm_of(), state_at()
+    swarm.start_slot(state)
+    swarm.run()
+    assert verdict_of(swarm, state) == PASS
+    assert 1 <= len(swarm.certificates()) <= 2
+    assert len(swarm.topic("assignment")) == 1
+    assert not swarm.topic("evidence")
+
+
+def test_a_registration_is_checked_with_more_samples() -> None:
+    swarm, state = swarm_of(), state_at(status=REGISTERED)
+    machine = swarm.nodes[SEATS[0].public_key].machines[0]
+    assert isinstance(machine, SeatMachine)
+    swarm.start_slot(state)
+    swarm.run()
+    assert machine.checks[0].due.samples == PARAMS.registration_samples
+    assert verdict_of(swarm, state) == PASS
+
+
+def test_a_wrong_worker_is_certified_and_proven_wrong() -> None:
+    swarm, state = swarm_of(WorkerFaults(wrong_tiles=2)), state_at()
+    swarm.start_slot(state)
+    swarm.run()
+    assert verdict_of(swarm, state) == WRONG
+    evidence = [decode(WrongResult, payload) for payload in swarm.topic("evidence")]
+    assert evidence
+    assert all(verify_evidence(each, context_of(state)) == WORKER.public_key for each in evidence)
+
+
+def test_a_late_worker_is_late() -> None:
+    swarm, state = swarm_of(WorkerFaults(delay_s=PARAMS.deadline_ms / 1000)), state_at()
+    swarm.start_slot(state)
+    swarm.run()
+    assert verdict_of(swarm, state) == LATE
+
+
+@pytest.mark.parametrize("faults", [WorkerFaults(silent=True), WorkerFaults(delay_s=9.0)])
+def test_a_worker_without_an_answer_is_silent(faults: WorkerFaults) -> None:
+    swarm, state = swarm_of(faults), state_at()
+    swarm.start_slot(state)
+    swarm.run()
+    assert verdict_of(swarm, state) == SILENT
+    assert all(certificate.core.commit == NO_COMMIT for certificate in swarm.certificates())  # type: ignore[union-attr]
+
+
+def test_an_unreachable_worker_is_tried_again_then_silent() -> None:
+    swarm, state = swarm_of(), state_at()
+    swarm.dead.add(WORKER.public_key)
+    swarm.start_slot(state)
+    swarm.run(1.0)
+    assert not swarm.certificates()  # it still has time
+    swarm.run()
+    assert verdict_of(swarm, state) == SILENT
+
+
+def test_a_worker_that_comes_back_in_time_passes() -> None:
+    swarm, state = swarm_of(), state_at()
+    swarm.dead.add(WORKER.public_key)
+    swarm.start_slot(state)
+    swarm.run(1.0)
+    swarm.dead.clear()
+    swarm.step(WORKER.public_key, do.BlockApplied(state, (SlotStarted(SLOT),)))
+    swarm.run()
+    assert verdict_of(swarm, state) == PASS
+
+
+def test_a_worker_with_another_job_has_a_bad_job() -> None:
+    swarm, state = swarm_of(), state_at()
+    swarm.start_slot(state)
+    smaller = replace(state, params=replace(PARAMS, job_n=32))
+    swarm.put(swarm.now, WORKER.public_key, do.BlockApplied(smaller, ()))
+    swarm.run()
+    assert verdict_of(swarm, state) == BADJOB
+
+
+def test_a_worker_that_lags_waits_for_the_block() -> None:
+    swarm, state = swarm_of(), state_at()
+    before = replace(state, number=state.number - 1, beacons=state.beacons.delete(SLOT))
+    swarm.step(WORKER.public_key, do.BlockApplied(before, ()))
+    swarm.start_slot(state, {WORKER.public_key: 0.8})
+    swarm.run()
+    assert verdict_of(swarm, state) == PASS
+
+
+# ── seats that are away, late or dishonest ───────────────────────────────────────────────────────────────────────────
+
+
+def test_two_of_seven_seats_may_be_away() -> None:
+    swarm, state = swarm_of(), state_at()
+    swarm.dead |= {SEATS[0].public_key, SEATS[1].public_key}
+    swarm.start_slot(state)
+    swarm.run()
+    assert verdict_of(swarm, state) == PASS
+
+
+def test_without_a_quorum_of_challenges_nothing_is_decided() -> None:
+    swarm, state = swarm_of(), state_at()
+    swarm.dead |= {seat.public_key for seat in SEATS[:3]}
+    swarm.start_slot(state)
+    swarm.run()
+    assert not swarm.certificates()
+
+
+def test_late_seats_get_the_same_commitment_and_vote_too() -> None:
+    swarm, state = swarm_of(), state_at()
+    late = {SEATS[2].public_key: 0.3, SEATS[3].public_key: 0.8}  # during the proof, and after it
+    swarm.start_slot(state, late)
+    swarm.run()
+    assert verdict_of(swarm, state) == PASS
+    for key in late:
+        machine = swarm.nodes[key].machines[0]
+        assert isinstance(machine, SeatMachine)
+        check = machine.checks[0]
+        assert check.stage is Stage.VOTED
+        assert check.commit is not None and not check.commit.mask >> check.challenge.seat & 1
+        assert decode(Vote, check.vote).core.verdict == PASS
+
+
+@pytest.mark.parametrize("dead", [1, 2])
+def test_dead_aggregators_are_replaced(dead: int) -> None:
+    swarm, state = swarm_of(), state_at()
+    swarm.start_slot(state)
+    swarm.run(0.4)  # all challenges are out
+    swarm.dead |= set(order_of(state)[:dead])
+    swarm.run()
+    assert verdict_of(swarm, state) == PASS
+
+
+def test_aggregators_that_keep_votes_to_themselves_are_gone_round() -> None:
+    class Mute:
+        deadline = None
+
+        def step(self, event: do.Event, now: float) -> list[do.Action]:
+            if isinstance(event, do.Incoming) and event.protocol == VOTE_PROTOCOL:
+                return [do.Reply(event.call_id, b"\x01")]
+            return []
+
+    swarm, state = swarm_of(), state_at()
+    for key in order_of(state)[:2]:
+        swarm.nodes[key] = Node([Mute()])
+    swarm.start_slot(state)
+    swarm.run()
+    assert verdict_of(swarm, state) == PASS
+
+
+class Liar:
+    """A seat that challenges and votes PASS without looking, then votes something else as well."""
+
+    deadline = None
+
+    def __init__(self, keys: KeyPair) -> None:
+        self._inner = seat_machine(keys)
+        self._keys = keys
+        self.votes: list[Vote] = []
+        self.commit = b""
+
+    def step(self, event: do.Event, now: float) -> list[do.Action]:
+        if isinstance(event, do.Answer) and event.request_id.startswith("chal/") and not self.commit:
+            self.commit = event.payload
+        if isinstance(event, do.WorkDone):
+            event = do.WorkDone(event.work_id, matproof.CheckResult(True, None, bytes(32)))
+        actions = self._inner.step(event, now)
+        requests = [each for each in actions if isinstance(each, do.Request) and each.protocol == VOTE_PROTOCOL]
+        for request in requests:
+            vote = decode(Vote, request.payload)
+            self.votes.append(vote)
+            actions.append(replace(request, request_id=request.request_id + "x", payload=self._other(vote), duty=None))
+        return actions
+
+    def _other(self, vote: Vote) -> bytes:
+        core = replace(vote.core, verdict=LATE)
+        private = replace(vote.private, core_hash=core_hash(core, NETWORK))
+        signatures = [self._keys.sign(each.DOMAIN, NETWORK, encode(each)) for each in (core, private)]
+        return encode(Vote(core, signatures[0], private, signatures[1]))
+
+
+def test_a_lying_seat_changes_nothing_and_is_caught() -> None:
+    swarm, state = swarm_of(WorkerFaults(wrong_tiles=2)), state_at()
+    liar_keys = next(seat for seat in SEATS if seat.public_key == order_of(state)[-1])
+    liar = Liar(liar_keys)
+    swarm.nodes[liar_keys.public_key] = Node([liar])
+    swarm.start_slot(state)
+    swarm.run()
+    assert verdict_of(swarm, state) == WRONG
+    context = context_of(state)
+    doubles = [payload for payload in swarm.topic("evidence") if payload[3:4] == b"\x64" or payload[1:2] == b"\x64"]
+    assert doubles
+    assert all(verify_evidence(decode(DoubleVote, each), context) == liar_keys.public_key for each in doubles)
+    wrong = next(decode(WrongResult, each) for each in swarm.topic("evidence") if each not in doubles)
+    lazy = LazyCheck(liar.votes[0], wrong.commit)
+    assert verify_evidence(lazy, context) == liar_keys.public_key
+    false = [FalsePass(liar.votes[0], replace(wrong, tile=tile)) for tile in range(2)]
+    assert liar_keys.public_key in {verify_evidence(each, context) for each in false}
+
+
+def test_a_seat_with_two_challenges_is_caught_once() -> None:
+    swarm, state = swarm_of(), state_at()
+    swarm.start_slot(state)
+    swarm.run(0.0)
+    committee = check_committee(state, SLOT, WORKER.public_key)
+    assert committee is not None
+    seat = committee.seats.index(SEATS[4].public_key)
+    for value in (bytes(32), b"\x01" * 32):
+        second = Challenge(state.params.epoch_of_slot(SLOT), SLOT, WORKER.public_key, seat, value)
+        payload = seal(second, SEATS[4], NETWORK)
+        request = do.Request(f"mine/{value.hex()}", WORKER.public_key, CHALLENGE_PROTOCOL, payload, 5.0)
+        swarm.carry_out(SEATS[4].public_key, swarm.nodes[SEATS[4].public_key], request)
+    swarm.run()
+    (payload,) = swarm.topic("evidence")
+    assert verify_evidence(decode(DoubleChallenge, payload), context_of(state)) == SEATS[4].public_key
+    assert verdict_of(swarm, state) == PASS
+
+
+# ── one machine at a time: whatever comes in, nothing is raised and nothing is signed twice ──────────────────────────
+
+
+def incoming(swarm: Swarm, key: bytes, peer: bytes, protocol: str, payload: bytes) -> list[do.Action]:
+    event = do.Incoming(10**6, peer, protocol, payload, swarm.now)
+    return [action for machine in swarm.nodes[key].machines for action in machine.step(event, swarm.now)]
+
+
+def test_a_restarted_seat_neither_challenges_nor_votes_again() -> None:
+    swarm, state = swarm_of(), state_at()
+    swarm.start_slot(state)
+    swarm.run()
+    node = swarm.nodes[SEATS[0].public_key]
+    restarted = SeatMachine(SEATS[0], lambda n: b"\x07" * n)
+    before = dict(node.duties)
+    node.machines = [restarted]
+    swarm.step(SEATS[0].public_key, do.BlockApplied(state, (SlotStarted(SLOT),)))
+    swarm.run()
+    assert node.duties == before
+    assert restarted.checks[0].stage is Stage.WAITING
+
+
+def test_while_catching_up_nobody_is_challenged() -> None:
+    machine = seat_machine(SEATS[0])
+    assert machine.step(do.BlockApplied(state_at(), (SlotStarted(SLOT),), live=False), 0.0) == []
+    assert machine.checks == ()
+
+
+def test_finished_checks_are_forgotten() -> None:
+    swarm, state = swarm_of(), state_at()
+    swarm.start_slot(state)
+    swarm.run()
+    later = replace(state, number=state.number + 20 * PARAMS.slot_blocks)
+    machine = swarm.nodes[SEATS[0].public_key].machines[0]
+    assert isinstance(machine, SeatMachine) and machine.checks
+    machine.step(do.BlockApplied(later, ()), swarm.now)
+    assert machine.checks == ()
+    assert machine.deadline is None
+
+
+def test_checks_beyond_the_bound_are_left_out_and_noted() -> None:
+    machine = SeatMachine(SEATS[0], bytes, max_checks=0)
+    (note,) = machine.step(do.BlockApplied(state_at(), (SlotStarted(SLOT),)), 0.0)
+    assert isinstance(note, do.Note) and note.kind == "check_skipped"
+
+
+def test_a_failed_computation_is_no_opinion() -> None:
+    swarm, state = swarm_of(), state_at()
+    swarm.start_slot(state)
+    swarm.run(0.58)
+    machine = swarm.nodes[SEATS[0].public_key].machines[0]
+    assert isinstance(machine, SeatMachine)
+    check = machine.checks[0]
+    assert check.stage is Stage.CHECKING
+    (note,) = machine.step(do.WorkDone(f"check/{check.name}", None, "out of memory"), swarm.now)
+    assert isinstance(note, do.Note) and check.stage is Stage.DROPPED
+
+
+def test_malformed_challenges_are_refused() -> None:
+    swarm, state = swarm_of(), state_at()
+    swarm.step(WORKER.public_key, do.BlockApplied(state, (SlotStarted(SLOT),)))
+    committee = check_committee(state, SLOT, WORKER.public_key)
+    assert committee is not None
+    by_key = {seat.public_key: seat for seat in SEATS}
+    holder = by_key[committee.seats[0]]
+    good = Challenge(PARAMS.epoch_of_slot(SLOT), SLOT, WORKER.public_key, 0, bytes(32))
+    sealed = seal(good, holder, NETWORK)
+    stranger = keys_of("stranger")
+    cases = [
+        (holder, b""),
+        (holder, b"\xc1" * 40),
+        (holder, sealed[:-1]),
+        (holder, sealed + bytes(20_000)),
+        (holder, sealed[:-1] + bytes([sealed[-1] ^ 1])),
+        (holder, seal(good, holder, bytes(32))),
+        (holder, seal(replace(good, epoch=good.epoch + 1), holder, NETWORK)),
+        (holder, seal(replace(good, slot=SLOT - 3), holder, NETWORK)),
+        (holder, seal(replace(good, slot=SLOT + 50), holder, NETWORK)),
+        (holder, seal(replace(good, seat=1), holder, NETWORK)),
+        (holder, seal(replace(good, seat=60), holder, NETWORK)),
+        (holder, seal(replace(good, worker=bytes(32)), holder, NETWORK)),
+        (stranger, seal(good, stranger, NETWORK)),
+        (stranger, sealed),
+        (stranger, seal(replace(good, slot=SLOT + 1), stranger, NETWORK)),
+    ]
+    for peer, payload in cases:
+        actions = incoming(swarm, WORKER.public_key, peer.public_key, CHALLENGE_PROTOCOL, payload)
+        assert actions == [do.Reply(10**6, NOTHING)]
+    assert incoming(swarm, WORKER.public_key, holder.public_key, CHALLENGE_PROTOCOL, sealed) == []
+
+
+def test_malformed_votes_are_refused_and_foreign_ones_left_alone() -> None:
+    swarm, state = swarm_of(), state_at()
+    swarm.start_slot(state)
+    swarm.run()
+    by_key = {seat.public_key: seat for seat in SEATS}
+    target, voter = order_of(state)[3], by_key[order_of(state)[4]]
+    machine = swarm.nodes[voter.public_key].machines[0]
+    assert isinstance(machine, SeatMachine)
+    payload = machine.checks[0].vote
+    vote = decode(Vote, payload)
+    unsigned = replace(vote, core=replace(vote.core, verdict=LATE))
+    cases = [
+        b"",
+        b"\x95\x19",
+        payload[:-1],
+        payload + bytes(2000),
+        payload[:-1] + bytes([payload[-1] ^ 1]),
+        encode(unsigned),
+        encode(replace(vote, core=replace(vote.core, slot=SLOT + 1))),
+        encode(replace(vote, core=replace(vote.core, verdict=9))),
+        encode(replace(vote, core=replace(vote.core, commit=bytes(32)))),
+        encode(replace(vote, private=replace(vote.private, seat=63))),
+        encode(replace(vote, private=replace(vote.private, vrf_proof=b""))),
+        encode(replace(vote, private=replace(vote.private, elapsed_ms=1))),
+    ]
+    for case in cases:
+        actions = incoming(swarm, target, voter.public_key, VOTE_PROTOCOL, case)
+        assert actions == [do.Reply(10**6, b"\x00")]
+    assert incoming(swarm, target, target, VOTE_PROTOCOL, payload) == [do.Reply(10**6, b"\x00")]
+    assert incoming(swarm, target, voter.public_key, VOTE_PROTOCOL, payload) == [do.Reply(10**6, b"\x01")]
+    foreign = encode(CoreVote(ReadyCore(bytes(32), bytes(32)), 0, bytes(64)))
+    assert incoming(swarm, target, voter.public_key, VOTE_PROTOCOL, foreign) == []
+
+
+@pytest.mark.parametrize("payload", [b"", b"\xff" * 100, bytes(100_000)])
+@pytest.mark.parametrize("frame", [1, 2])
+def test_an_unusable_answer_is_no_answer(payload: bytes, frame: int) -> None:
+    swarm, state = swarm_of(), state_at()
+    swarm.start_slot(state)
+    swarm.run(0.58 if frame == 2 else 0.3)
+    machine = swarm.nodes[SEATS[0].public_key].machines[0]
+    assert isinstance(machine, SeatMachine)
+    check = machine.checks[0]
+    if frame == 2:
+        check.stage = Stage.COMMITTED
+    machine.step(do.Answer(f"chal/{check.name}/0", payload, swarm.now), swarm.now)
+    assert decode(Vote, check.vote).core.verdict == SILENT
+
+
+def test_events_of_other_machines_are_ignored() -> None:
+    machine, worker = seat_machine(SEATS[0]), WorkerCheckMachine(WORKER)
+    events: list[do.Event] = [
+        do.Wake(),
+        do.Answer("deploy/1", b"", 0.0),
+        do.Answer("chal/9/zz", b"", 0.0),
+        do.RequestEnded("vote/9/zz/0", "gone"),
+        do.RequestEnded("chal", ""),
+        do.WorkDone("check/1/2", None, "x"),
+        do.WorkDone("prove/4", None, "x"),
+        do.Gossip("certificate", "nonsense", b"", 0.0),
+        do.ProbeReport("p", True, ""),
+        do.ContainerReport(b"", "started"),
+    ]
+    for event in events:
+        assert machine.step(event, 0.0) == []
+        assert worker.step(event, 0.0) == []
+
+
+def test_the_commitment_is_what_the_worker_signed() -> None:
+    swarm, state = swarm_of(), state_at()
+    swarm.start_slot(state)
+    swarm.run(0.58)
+    machine = swarm.nodes[SEATS[0].public_key].machines[0]
+    assert isinstance(machine, SeatMachine)
+    commit = open_signed(Commit, machine.checks[0].envelope, NETWORK)
+    assert commit.signer == WORKER.public_key and commit.message.job == PARAMS.job.pack()
