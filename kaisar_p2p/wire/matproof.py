@@ -192,9 +192,7 @@ def _chunks(tags: Tags) -> list[bytes]:
 # Arithmetic
 
 
-def fill_rows(
-    out: NDArray[np.float32], seed: bytes, matrix: int, first_row: int, first_column: int = 0
-) -> None:
+def fill_rows(out: NDArray[np.float32], seed: bytes, matrix: int, first_row: int, first_column: int = 0) -> None:
     """Write rows of a matrix into `out` (rows × columns), starting at the given row and column.
 
     `matrix` is MATRIX_A or MATRIX_B, `first_column` a multiple of 64. Safe to call from several threads.

@@ -140,9 +140,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     folder: Path = tmp_path_factory.mktemp("kernels")
     source, built = folder / "kernels.cpp", folder / "kernels.so"
     source.write_text(HEADER + prove_cupy.kernel_source() + LAUNCHERS)
-    subprocess.run(
-        [COMPILER, "-O2", "-w", "-shared", "-fPIC", "-o", str(built), str(source)], check=True, timeout=60
-    )
+    subprocess.run([COMPILER, "-O2", "-w", "-shared", "-fPIC", "-o", str(built), str(source)], check=True, timeout=60)
     return ctypes.CDLL(str(built))
 
 
@@ -165,9 +163,7 @@ def test_the_gpu_backend_gives_the_same_bits(
     assert kinds[-1] == (2 if fail_kinds else faster)
 
 
-def test_a_gpu_without_an_exact_product_is_refused(
-    monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL
-) -> None:
+def test_a_gpu_without_an_exact_product_is_refused(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL) -> None:
     monkeypatch.setitem(sys.modules, "cupy", fake_cupy(library, [], {2, 3}))
     with pytest.raises(HardwareError, match="exact"):
         prove_cupy.CupyBackend()
