@@ -111,16 +111,20 @@ def is_valid(state: State, certificate: QuorumCertificate) -> bool:
     return committee is not None and verify_certificate(certificate, committee, state.network)
 
 
-def counts(state: State, base: Base, subject: Subject) -> bool:
-    """Whether a certificate on this subject belongs into the body of `state`'s epoch on top of `base`.
+def is_over(subject: Subject, base: Base, params: Params) -> bool:
+    """Whether no body on top of `base` can hold a certificate on this subject.
 
     Certificates of the last `certificate_grace_slots` slots before the base's end often come too late for its body:
-    they count in this one, if they are not in that one.
+    they count in the next one, if they are not in that one.
     """
-    first = base.first_slot - state.params.certificate_grace_slots
-    if not first <= subject[0] <= last_slot_of(state.epoch, state.params):
+    if subject[0] >= base.first_slot:
         return False
-    return subject[0] >= base.first_slot or subject not in base.subjects
+    return subject[0] < base.first_slot - params.certificate_grace_slots or subject in base.subjects
+
+
+def counts(state: State, base: Base, subject: Subject) -> bool:
+    """Whether a certificate on this subject belongs into the body of `state`'s epoch on top of `base`."""
+    return subject[0] <= last_slot_of(state.epoch, state.params) and not is_over(subject, base, state.params)
 
 
 # ── the mix ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -298,8 +302,16 @@ def _check_certificates(body: EpochBody, state: State, base: Base, known: Known)
         if known.certificates.get(subject) != certificate and not is_valid(state, certificate):
             return "an invalid certificate"
         included.add(subject)
-    missing = {subject for subject in known.due if counts(state, base, subject)} - included
+    missing = [subject for subject in known.due - included if _must_count(state, base, known.certificates.get(subject))]
     return f"{len(missing)} certificates that were known in time are left out" if missing else ""
+
+
+def _must_count(state: State, base: Base, certificate: QuorumCertificate | None) -> bool:
+    """Whether leaving it out is wrong: its committee can also have become unknown, after epochs without an anchor."""
+    subject = subject_of(certificate) if certificate is not None else None
+    if certificate is None or subject is None:
+        return False
+    return counts(state, base, subject) and committee_of(state, certificate) is not None
 
 
 # ── pieces ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,78 @@
+"""The certificates and evidence that wait for an epoch's body, with when they were known: bounded, one per subject."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from protocols.epoch_body import MAX_CERTIFICATES, Subject, certificate_hash, subject_of
+from protocols.quorum import QuorumCertificate
+
+MAX_EVIDENCE = 4096
+
+
+@dataclass(frozen=True)
+class _Entry:
+    certificate: QuorumCertificate
+    digest: bytes
+    since_slot: int
+
+
+class Pool:
+    """Certificates by subject (the lowest hash of several), evidence by id, each with the slot in which it came."""
+
+    def __init__(self, network: bytes) -> None:
+        self._network = network
+        self._entries: dict[Subject, _Entry] = {}
+        self._subjects: dict[bytes, Subject] = {}
+        self._evidence: dict[bytes, int] = {}
+
+    def add(self, certificate: QuorumCertificate, slot: int) -> bytes | None:
+        """Keep a verified certificate that came in `slot`; returns its hash if it is new and kept."""
+        subject = subject_of(certificate)
+        if subject is None:
+            return None
+        digest = certificate_hash(certificate, self._network)
+        old = self._entries.get(subject)
+        if old is None and len(self._entries) >= MAX_CERTIFICATES:
+            return None
+        if old is not None:
+            if digest >= old.digest:
+                return None
+            del self._subjects[old.digest]
+            slot = min(slot, old.since_slot)
+        self._entries[subject] = _Entry(certificate, digest, slot)
+        self._subjects[digest] = subject
+        return digest
+
+    def add_evidence(self, digest: bytes, slot: int) -> None:
+        """Keep the id of verified evidence."""
+        if len(self._evidence) < MAX_EVIDENCE:
+            self._evidence.setdefault(digest, slot)
+
+    def by_hash(self, digest: bytes) -> QuorumCertificate | None:
+        """The certificate with this hash."""
+        subject = self._subjects.get(digest)
+        return self._entries[subject].certificate if subject is not None else None
+
+    def certificates(self) -> dict[Subject, QuorumCertificate]:
+        """All certificates by subject."""
+        return {subject: entry.certificate for subject, entry in self._entries.items()}
+
+    def due(self, last_slot: int) -> frozenset[Subject]:
+        """Subjects that were known in or before `last_slot`."""
+        return frozenset(subject for subject, entry in self._entries.items() if entry.since_slot <= last_slot)
+
+    def evidence(self, last_slot: int | None = None) -> frozenset[bytes]:
+        """All evidence, or what was known in or before `last_slot`."""
+        return frozenset(key for key, slot in self._evidence.items() if last_slot is None or slot <= last_slot)
+
+    def forget(self, is_over: Callable[[Subject], bool]) -> None:
+        """Drop certificates whose subject is over."""
+        for subject in [subject for subject in self._entries if is_over(subject)]:
+            del self._subjects[self._entries.pop(subject).digest]
+
+    def forget_evidence(self, digests: tuple[bytes, ...]) -> None:
+        """Drop evidence that is in an anchored body."""
+        for digest in digests:
+            self._evidence.pop(digest, None)
