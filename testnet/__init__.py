@@ -1,1 +1,1 @@
-"""Many of them: a manifest describes a network, which runs as local processes; the demo observes one from end to end."""
+"""Many nodes: a manifest describes a network, which runs as local processes; the demo observes one end to end."""
