@@ -68,9 +68,9 @@ class Keystore:
         """The wallet of a polkadot-js file; `json_passphrase` opens that file, `passphrase` locks ours."""
         return self._store_wallet(name, import_polkadot_json(text, json_passphrase), passphrase)
 
-    def create_machine_key(self, passphrase: str | None) -> MachineKey:
-        """A new machine key; IdentityError when there is one already."""
-        secret = SecretKey.from_seed(Scheme.ED25519, secrets.token_bytes(SEED_BYTES))
+    def create_machine_key(self, passphrase: str | None, *, seed: bytes | None = None) -> MachineKey:
+        """A new machine key, fresh unless `seed` (32 bytes) fixes it; IdentityError when there is one already."""
+        secret = SecretKey.from_seed(Scheme.ED25519, seed or secrets.token_bytes(SEED_BYTES))
         self._store(KeyFile.lock("machine", _MACHINE, secret, passphrase, self._cost))
         return _machine_key(secret)
 
