@@ -1,4 +1,4 @@
-"""Proofs and checks run one at a time in a worker thread: a provider has one GPU, and a checker should not starve itself."""
+"""Proofs and checks run one at a time in a worker thread: there is one GPU, and a checker must not starve itself."""
 
 from __future__ import annotations
 

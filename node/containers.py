@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+
 import trio
 
 from kaisar_p2p.errors import KaisarError

@@ -1,7 +1,7 @@
 """Turns actions into calls on the adapters, and what comes of them into events.
 
-Every kind of effect has a bounded channel and a fixed number of workers, so that no machine and no peer can make the node
-start an unlimited number of tasks.
+Every kind of effect has a bounded channel and a fixed number of workers, so that no machine and no peer can make the
+node start an unlimited number of tasks.
 """
 
 from __future__ import annotations

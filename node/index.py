@@ -1,4 +1,4 @@
-"""What a node has heard: adverts, certificates, lease events. Every node indexes and serves it; no central explorer exists."""
+"""What a node has heard: adverts, certificates, lease events. Every node indexes it; there is no central explorer."""
 
 from __future__ import annotations
 

@@ -32,9 +32,9 @@ def offered_spec(config: Config, hardware: Hardware) -> Spec:
     first = hardware.gpus[0] if hardware.gpus and gpus else None
     return Spec(
         device_class=GPU_CLASS if gpus else CPU_CLASS,
-        cpu_cores=wanted.cpu_cores or hardware.cores,
+        cpu_cores=wanted.cpu_cores or hardware.cpu_cores,
         memory_mb=wanted.memory_mb or hardware.memory_bytes // MB,
-        disk_mb=min(hardware.disk_bytes // MB, 2**32 - 1),
+        disk_mb=min(hardware.disk_free_bytes // MB, 2**32 - 1),
         gpus=gpus,
         gpu_memory_mb=first.memory_bytes // MB if first else 0,
         gpu_model=first.name[:64] if first else "",

@@ -1,7 +1,7 @@
 """Gossip topics: who validates what, and in which lane of the inbox an accepted message waits.
 
-Validation runs on receipt, against the state at that moment; the verdict decides whether the mesh forwards the message and
-what its sender pays for it.
+Validation runs on receipt, against the state at that moment; the verdict decides whether the mesh forwards the message
+and what its sender pays for it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tunnels into leases: the worker's side (who may open what), the client's local ports, and probes that act as a user would."""
+"""Tunnels into leases: the worker's side (who may open what), the client's local ports, probes as a user would."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ class TunnelClient:
         return True, ""
 
     async def listen(self, order_id: bytes, worker: bytes, port: int, host: str, local_port: int) -> LocalPort:
-        """Listen on a local port (0: any free one) and forward every connection into the lease, re-dialing each time."""
+        """Listen on a local port (0: any free one); every connection is forwarded through a tunnel of its own."""
         for existing in self.local_ports:
             if (existing.order_id, existing.port) == (order_id, port) and local_port in (0, existing.local_port):
                 return existing

@@ -1,7 +1,7 @@
-"""What happens to a machine (`Event`) and what it wants done (`Action`): closed unions, so the type checker names a forgotten case.
+"""What happens to a machine (`Event`) and what it wants done (`Action`): closed unions, so that none is forgotten.
 
-The driver in `node/` turns actions into calls on adapters, and their results into events. The simulator does the same in
-virtual time.
+The driver in `node/` turns actions into calls on adapters, and their results into events. The simulator does the same
+in virtual time.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Note:
-    """Tell the node's user: appears in the API's event list and the log. `data` holds text and integers only, never a secret."""
+    """Tell the node's user, in the API's event list and the log. `data` is text and integers, never a secret."""
 
     kind: str
     data: tuple[tuple[str, str | int], ...] = ()

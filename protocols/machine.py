@@ -10,8 +10,8 @@ from protocols.actions import Action, Event
 class Machine(Protocol):
     """One protocol's behaviour on one node.
 
-    `now` is seconds since the Unix epoch on a clock that never runs backwards. A machine ignores events that are not its
-    own, never raises on a remote peer's data, and keeps its memory bounded.
+    `now` is seconds since the Unix epoch on a clock that never runs backwards. A machine ignores events that are not
+    its own, never raises on a remote peer's data, and keeps its memory bounded.
     """
 
     @property

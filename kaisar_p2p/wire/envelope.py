@@ -1,7 +1,7 @@
 """`Signed` bytes → `Verified` message: the only way to come by a `Verified` is `open_signed`.
 
-An envelope is the canonical array of (message bytes, signer's machine key, signature); the signature covers the message's
-own domain, the network id and the message bytes.
+An envelope is the canonical array of (message bytes, signer's machine key, signature); the signature covers the
+message's own domain, the network id and the message bytes.
 """
 
 from __future__ import annotations

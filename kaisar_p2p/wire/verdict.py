@@ -6,7 +6,7 @@ import enum
 
 
 class Verdict(enum.Enum):
-    """ACCEPT: valid, use and forward. IGNORE: drop, the sender may be honest. REJECT: misbehaviour, counts against the sender."""
+    """ACCEPT: valid, forward. IGNORE: drop, the sender may be honest. REJECT: misbehaviour, held against the sender."""
 
     ACCEPT = "accept"
     IGNORE = "ignore"
