@@ -114,7 +114,9 @@ class Params:
             if name not in known:
                 raise ConfigError(f"unknown parameter {name!r}", hint="see protocols/params.py for the names")
             if type(value) is not int or value < 0:
-                raise ConfigError(f"parameter {name} must be a non-negative integer, not {value!r}")
+                raise ConfigError(
+                    f"parameter {name} must be a non-negative integer, not {value!r:.40}", hint="amounts are in planck"
+                )
         return replace(self, **overrides)
 
 

@@ -26,6 +26,7 @@ AMOUNTS = st.one_of(
     st.integers(0, 300).map(lambda kai: kai * KAI), st.integers(0, 10**23), st.sampled_from([1, 2**64, 2**128 - 1])
 )
 KEYS = st.one_of(NAMES, st.binary(min_size=32, max_size=32))
+ADDRESSES = st.lists(st.one_of(st.just("/dns/x/tcp/1"), st.text(max_size=20)), max_size=8)
 HEADER_LIES = st.fixed_dictionaries(
     {},
     optional={
@@ -70,8 +71,10 @@ def test_money_is_conserved_by_any_calls(new_chain):
         def stake(self, name, kind, amount):
             self.chain.run(name, kind(amount))
 
-        @rule(name=NAMES)
-        def withdraw(self, name):
+        @rule(name=NAMES, amount=AMOUNTS, wait=st.integers(0, 3))
+        def unbond_and_withdraw(self, name, amount, wait):
+            self.chain.run(name, calls.StakeUnbond(min(amount, self.chain.account(name).stake_planck)))
+            self.chain.until_epoch(self.chain.state.epoch + wait)
             self.chain.run(name, calls.StakeWithdraw())
 
         @rule(name=NAMES, machine=NAMES, roles=st.integers(0, 8))
@@ -94,13 +97,13 @@ def test_money_is_conserved_by_any_calls(new_chain):
             )
             self.chain.run("bob", calls.WorkerActivate(QuorumCertificate(core, mask, (bytes(64),) * count)))
 
-        @rule(name=NAMES, worker=KEYS)
+        @rule(name=st.sampled_from(("provider", "bob")), worker=st.one_of(st.just("provider"), KEYS))
         def retire(self, name, worker):
             self.chain.run(name, calls.WorkerRetire(self.key(worker, "machine")))
 
-        @rule(name=NAMES, machine=KEYS, addrs=st.lists(st.text(max_size=20), max_size=8))
+        @rule(name=st.sampled_from(("alice", "provider")), machine=st.one_of(st.none(), KEYS), addrs=ADDRESSES)
         def announce(self, name, machine, addrs):
-            self.chain.run(name, calls.BootstrapAnnounce(self.key(machine, "machine"), tuple(addrs)))
+            self.chain.run(name, calls.BootstrapAnnounce(self.key(machine or name, "machine"), tuple(addrs)))
 
         @rule(points=st.integers(0, KAI), price=st.integers(1, 10**20), seconds=st.integers(60, 200))
         def place(self, points, price, seconds):
@@ -116,7 +119,7 @@ def test_money_is_conserved_by_any_calls(new_chain):
             call = self.chain.place_call(nonce, None, points, escrow, price_planck_per_hour=price)
             self.chain.run(name, call)
 
-        @rule(name=NAMES, order=st.integers(0, 5))
+        @rule(name=st.sampled_from(("alice", "bob")), order=st.integers(0, 5))
         def cancel(self, name, order):
             self.chain.run(name, calls.OrderCancel(self.order_id(order)))
 
@@ -210,7 +213,7 @@ def test_money_is_conserved_by_any_calls(new_chain):
             assert state == self.chain.state
             assert state_root(state) == state_root(self.chain.state)
 
-    run_state_machine_as_test(Ledger, settings=settings(stateful_step_count=30))
+    run_state_machine_as_test(Ledger, settings=settings(stateful_step_count=60))
 
 
 def test_a_whole_life_of_orders_conserves_every_order(new_chain):
