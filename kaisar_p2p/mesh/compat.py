@@ -20,7 +20,7 @@ import sys
 import types
 from collections.abc import Sequence
 from importlib import import_module, util
-from typing import Any, ClassVar
+from typing import Any
 
 ABSENT_OR_UNUSED: dict[str, str] = {
     "fastecdsa": "P-256 keys; a source package that may be absent",
@@ -71,7 +71,6 @@ class _Unused(type):
 
 
 class _StandIn(types.ModuleType):
-    __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -91,7 +91,7 @@ class MuxedStream(IMuxedStream):
         return data
 
     def _reopen_window(self) -> None:
-        if self._eof or self._was_reset or self._closed:
+        if self._eof or self._was_reset or self._discard_until is not None:
             return
         used = self._window - self._credit - len(self._received)
         if used >= self._window // 2:

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kaisar_p2p.mesh import gossip_router as gossipsub
+from kaisar_p2p.mesh.gossip_router import MessageCache, Router
+
+T = "topic"
+
+
+def router(*, scores: dict[bytes, float] | None = None, seed: int = 1) -> Router:
+    known = scores or {}
+    made = Router(random.Random(seed), lambda peer: known.get(peer, 0.0))
+    made.join(T)
+    return made
+
+
+def with_peers(made: Router, count: int, *, outbound: bool = True) -> list[bytes]:
+    peers = [b"peer%d" % number for number in range(count)]
+    for peer in peers:
+        made.add_peer(peer, outbound=outbound)
+        made.on_subscription(peer, T, True)
+    return peers
+
+
+def test_the_heartbeat_fills_the_mesh_to_the_degree() -> None:
+    made = router()
+    with_peers(made, 30)
+    out = made.heartbeat(0.0)
+    assert len(made.mesh[T]) == gossipsub.DEGREE
+    assert {peer for peer, control in out.items() if control.graft == [T]} == made.mesh[T]
+
+
+def test_peers_without_the_topic_are_not_grafted() -> None:
+    made = router()
+    made.add_peer(b"p", outbound=True)
+    assert made.heartbeat(0.0) == {}
+
+
+def test_a_mesh_that_is_too_large_shrinks_and_keeps_outbound_peers() -> None:
+    made = router()
+    inbound = with_peers(made, 20, outbound=False)
+    made.add_peer(b"out1", outbound=True)
+    made.add_peer(b"out2", outbound=True)
+    made.mesh[T] = {*inbound, b"out1", b"out2"}
+    out = made.heartbeat(0.0)
+    assert len(made.mesh[T]) == gossipsub.DEGREE
+    assert {b"out1", b"out2"} <= made.mesh[T]
+    assert sum(bool(control.prune) for control in out.values()) == 16
+
+
+def test_a_peer_in_disgrace_leaves_the_mesh_and_is_not_taken_back() -> None:
+    scores: dict[bytes, float] = {}
+    made = router(scores=scores)
+    peers = with_peers(made, 3)
+    made.heartbeat(0.0)
+    scores[peers[0]] = -1.0
+    out = made.heartbeat(1.0)
+    assert peers[0] not in made.mesh[T]
+    assert out[peers[0]].prune
+    made.heartbeat(1000.0)
+    assert peers[0] not in made.mesh[T]
+    answer, _ = made.on_graft(peers[0], [T], 2000.0)
+    assert answer.prune
+
+
+def test_a_graft_is_taken_until_the_mesh_is_full() -> None:
+    made = router()
+    peers = with_peers(made, 20, outbound=False)
+    refused = [peer for peer in peers if made.on_graft(peer, [T], 0.0)[0].prune]
+    assert len(made.mesh[T]) == gossipsub.DEGREE_HIGH
+    assert len(refused) == 20 - gossipsub.DEGREE_HIGH
+
+
+def test_a_graft_during_backoff_is_refused_and_noted() -> None:
+    made = router()
+    (peer,) = with_peers(made, 1)
+    made.on_prune(peer, T, 30.0, 0.0)
+    answer, impatient = made.on_graft(peer, [T], 10.0)
+    assert answer.prune and impatient
+    assert T not in {t for control in made.heartbeat(20.0).values() for t in control.graft}
+    made.heartbeat(200.0)
+    assert peer in made.mesh[T]
+
+
+def test_a_graft_for_an_unknown_topic_is_not_answered() -> None:
+    made = router()
+    (peer,) = with_peers(made, 1)
+    answer, impatient = made.on_graft(peer, ["unknown"], 0.0)
+    assert not answer.prune and not impatient
+
+
+def test_own_messages_flood_others_follow_the_mesh() -> None:
+    made = router()
+    peers = with_peers(made, 15)
+    made.heartbeat(0.0)
+    assert set(made.targets(T, own=True, exclude=())) == set(peers)
+    assert set(made.targets(T, own=False, exclude=())) == made.mesh[T]
+    sender = next(iter(made.mesh[T]))
+    assert sender not in made.targets(T, own=False, exclude=(sender,))
+
+
+def test_peers_outside_the_mesh_are_offered_recent_messages_and_can_ask() -> None:
+    made = router()
+    peers = with_peers(made, 20)
+    made.heartbeat(0.0)
+    made.cache.put(b"id", T, b"frame")
+    out = made.heartbeat(1.0)
+    offered = {peer for peer, control in out.items() if control.ihave == {T: [b"id"]}}
+    assert len(offered) == gossipsub.LAZY_DEGREE
+    assert not offered & made.mesh[T]
+    assert made.on_ihave(peers[0], [(T, [b"a", b"b"])], {b"a"}.__contains__).iwant == [b"b"]
+    assert made.cache.resend(b"id", peers[0]) == b"frame"
+
+
+def test_offers_and_questions_are_limited() -> None:
+    made = router()
+    (peer,) = with_peers(made, 1)
+    ids = [b"%d" % number for number in range(10_000)]
+    asked = [made.on_ihave(peer, [(T, ids)], lambda _: False).iwant for _ in range(100)]
+    assert sum(map(len, asked)) == gossipsub.MAX_OFFERED_IDS
+    made.heartbeat(1.0)
+    assert made.on_ihave(peer, [(T, ids)], lambda _: False).iwant
+    made.cache.put(b"id", T, b"frame")
+    assert [made.cache.resend(b"id", peer) for _ in range(5)].count(b"frame") == gossipsub.MAX_RESENDS
+
+
+def test_the_cache_forgets_after_some_heartbeats_and_above_its_size() -> None:
+    cache = MessageCache(max_bytes=100)
+    cache.put(b"old", T, bytes(10))
+    for _ in range(gossipsub.HISTORY):
+        cache.shift()
+    assert cache.resend(b"old", b"p") is None
+    for number in range(50):
+        cache.put(b"%d" % number, T, bytes(10))
+    assert cache.resend(b"39", b"p") is None
+    assert cache.resend(b"49", b"p") == bytes(10)
+    assert cache._bytes <= 100
+
+
+@given(st.integers(0, 2**32), st.integers(2, 25))
+def test_routers_that_talk_to_each_other_reach_everybody(seed: int, count: int) -> None:
+    """Whatever the order of things, after a few heartbeats a message reaches all nodes through meshes and offers."""
+    rng = random.Random(seed)
+    names = [b"n%d" % number for number in range(count)]
+    nodes = {name: Router(random.Random(rng.random()), lambda _: 0.0) for name in names}
+    for name, node in nodes.items():
+        node.join(T)
+        for other in names:
+            if other != name:
+                node.add_peer(other, outbound=name < other)
+                node.on_subscription(other, T, True)
+    for beat in range(4):
+        for name, node in nodes.items():
+            for peer, control in node.heartbeat(float(beat)).items():
+                answer, _ = nodes[peer].on_graft(name, control.graft, float(beat))
+                for topic, backoff_s in (*control.prune,):
+                    nodes[peer].on_prune(name, topic, backoff_s, float(beat))
+                for topic, backoff_s in answer.prune:
+                    node.on_prune(peer, topic, backoff_s, float(beat))
+    for name, node in nodes.items():
+        assert len(node.mesh[T]) <= gossipsub.DEGREE_HIGH + gossipsub.DEGREE
+        assert all(name in nodes[peer].mesh[T] for peer in node.mesh[T])  # meshes are symmetric
+    hops: dict[bytes, int] = defaultdict(int)
+    queue = [names[0]]
+    reached = {names[0]}
+    while queue:
+        name = queue.pop(0)
+        for peer in nodes[name].targets(T, own=name == names[0], exclude=()):
+            if peer not in reached:
+                reached.add(peer)
+                hops[peer] = hops[name] + 1
+                queue.append(peer)
+    assert reached == set(names)

@@ -1,0 +1,180 @@
+"""The parts without IO: addresses, buckets, reputation, framing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from nacl.signing import SigningKey
+
+from kaisar_p2p.errors import ConfigError
+from kaisar_p2p.mesh import gossip_wire as wire
+from kaisar_p2p.mesh import peer_of
+from kaisar_p2p.mesh.addresses import Address, AddressBook, local_addresses, parse, with_peer
+from kaisar_p2p.mesh.gossip import SeenMessages
+from kaisar_p2p.mesh.ids import id_bytes_of, id_of, key_of, key_pair_of
+from kaisar_p2p.mesh.limits import TokenBucket
+from kaisar_p2p.mesh.reputation import BAN_POINTS, HALF_LIFE_S, REJECTED_POINTS, Reputation
+from libp2p.peer.id import ID
+from libp2p.pubsub.pb import rpc_pb2
+from libp2p.pubsub.validators import signature_validator
+
+
+def test_peer_ids_are_those_of_the_library() -> None:
+    seed = os.urandom(32)
+    key = bytes(SigningKey(seed).verify_key)
+    assert id_of(key) == ID.from_pubkey(key_pair_of(seed).public_key)
+    assert key_of(id_bytes_of(key)) == key
+    assert key_of(b"\x12\x20" + bytes(32)) is None
+
+
+@given(st.text(max_size=60))
+def test_any_text_is_an_address_or_a_value_error(text: str) -> None:
+    try:
+        address, _ = parse(text)
+    except ValueError:
+        return
+    assert parse(str(address))[0] == address
+
+
+@given(st.binary(max_size=60), st.sampled_from(["/ip4/1.2.3.4/tcp/1/p2p/", "/ip6/::1/tcp/", "/dns4/"]))
+def test_almost_addresses(tail: bytes, head: str) -> None:
+    try:
+        parse(head + tail.decode("latin-1"))
+    except ValueError:
+        pass
+
+
+def test_addresses_name_their_peer() -> None:
+    key = bytes(SigningKey.generate().verify_key)
+    text = with_peer(Address("ip4", "1.2.3.4", 4001), key)
+    assert peer_of(text) == (key, "/ip4/1.2.3.4/tcp/4001")
+    for bad in ("", "1.2.3.4:4001", "/ip4/1.2.3.4/tcp/4001"):
+        with pytest.raises(ConfigError):
+            peer_of(bad)
+
+
+def test_a_wildcard_is_not_told_to_others() -> None:
+    for address in local_addresses([Address("ip4", "0.0.0.0", 4001)]):
+        assert address.port == 4001
+        assert not address.is_wildcard
+
+
+def book(**changes: object) -> AddressBook:
+    options = {"allow_private": False, "peers": 10, "addresses_per_peer": 3} | changes
+    return AddressBook(**options)  # type: ignore[arg-type]
+
+
+def test_private_addresses_are_taken_only_where_they_make_sense() -> None:
+    private = ["/ip4/127.0.0.1/tcp/1", "/ip4/10.0.0.1/tcp/1", "/ip4/192.168.1.1/tcp/1", "/ip6/::1/tcp/1"]
+    assert book().add(b"k", private) == 0
+    assert book().add(b"k", ["/ip4/8.8.8.8/tcp/1"]) == 1
+    assert book(addresses_per_peer=8, allow_private=True).add(b"k", private) == 4
+    assert book().add(b"k", private[:1], trusted=True) == 1
+
+
+def test_the_book_is_bounded_and_keeps_what_is_pinned() -> None:
+    known = book()
+    known.pin(b"pinned")
+    known.add(b"pinned", ["/ip4/8.8.8.8/tcp/1"])
+    for number in range(100):
+        known.add(b"%d" % number, [f"/ip4/8.8.8.8/tcp/{port}" for port in range(1, 50)])
+    assert len(known.peers()) == 10
+    assert known.of(b"pinned") == (Address("ip4", "8.8.8.8", 1),)
+    assert [address.port for address in known.of(b"99")] == [49, 48, 47]
+
+
+def test_an_address_that_worked_comes_first() -> None:
+    known = book()
+    known.add(b"k", ["/ip4/8.8.8.8/tcp/1", "/ip4/8.8.8.8/tcp/2"])
+    known.confirm(b"k", Address("ip4", "8.8.8.8", 1))
+    assert known.of(b"k")[0].port == 1
+
+
+@given(st.lists(st.floats(0, 10), max_size=50))
+def test_a_bucket_never_gives_more_than_burst_and_rate(steps: list[float]) -> None:
+    bucket, now, given_out = TokenBucket(5.0, 10.0, 0.0), 0.0, 0
+    for step in steps:
+        now += step
+        while bucket.try_take(1, now):
+            given_out += 1
+    assert given_out <= 10 + 5 * now + 1
+
+
+def test_a_bucket_in_debt_says_how_long() -> None:
+    bucket = TokenBucket(10.0, 10.0, 0.0)
+    assert bucket.take(10, 0.0) == 0.0
+    assert bucket.take(20, 0.0) == 2.0
+    assert bucket.take(0, 2.0) == 0.0
+
+
+def test_reputation_bans_repetition_and_forgets() -> None:
+    reputation = Reputation(ban_s=60.0)
+    times = int(BAN_POINTS / REJECTED_POINTS)
+    assert [reputation.penalise(b"k", REJECTED_POINTS, 0.0) for _ in range(times)] == [False] * (times - 1) + [True]
+    assert reputation.is_banned(b"k", 59.0)
+    assert not reputation.is_banned(b"k", 61.0)
+    assert not reputation.is_banned(b"other", 0.0)
+    assert -1.0 < reputation.score(b"k", 10 * HALF_LIFE_S) <= 0.0
+    slow = Reputation(ban_s=60.0)
+    assert not any(slow.penalise(b"k", REJECTED_POINTS, number * HALF_LIFE_S) for number in range(1000))
+
+
+def test_seen_messages_are_bounded_by_number_and_age() -> None:
+    seen = SeenMessages(10, 60.0)
+    for number in range(20):
+        seen.add(b"%d" % number, float(number))
+    assert b"9" not in seen
+    assert b"10" in seen
+    seen.expire(75.0)
+    assert b"10" not in seen
+    assert b"19" in seen
+
+
+@given(st.binary(max_size=200), st.text(min_size=1, max_size=20), st.integers(0, 2**64 - 1))
+def test_our_messages_satisfy_the_library(data: bytes, topic: str, sequence: int) -> None:
+    key = SigningKey(b"\x07" * 32)
+    published = wire.sign(key, topic, data, sequence)
+    message = rpc_pb2.Message()
+    message.ParseFromString(published.raw)
+    assert signature_validator(message)
+    assert wire.signature_is_valid(message, published.author)
+    assert wire.read(message, 1000) == published
+
+
+@given(st.lists(st.binary(max_size=300), max_size=8), st.integers(1, 50))
+def test_frames_survive_any_cut(messages: list[bytes], step: int) -> None:
+    key = SigningKey(b"\x07" * 32)
+    sent = [wire.sign(key, "t", data, number) for number, data in enumerate(messages)]
+    stream = b"".join(wire.publish_frame(published.raw) for published in sent)
+    reader, got = wire.FrameReader(10_000), []
+    for start in range(0, len(stream), step):
+        for rpc, _size in reader.feed(stream[start : start + step]):
+            got += [message.SerializeToString() for message in rpc.publish]
+    assert got == [published.raw for published in sent]
+
+
+@given(st.binary(max_size=500))
+def test_any_bytes_are_frames_or_malformed(data: bytes) -> None:
+    reader = wire.FrameReader(200)
+    try:
+        for _ in reader.feed(data):
+            pass
+    except wire.MalformedGossip:
+        return
+    assert len(reader._buffer) <= 205
+
+
+def test_libp2p_imports_without_fastecdsa_and_without_its_unused_parts() -> None:
+    script = (
+        "import sys; import kaisar_p2p.mesh;"
+        "heavy = {'aioquic', 'zeroconf', 'httpx', 'requests', 'prometheus_client', 'dns'} & set(sys.modules);"
+        "assert not heavy, heavy;"
+        "import httpx; assert httpx.Client.get;"  # the real one, not the stand-in
+        "from libp2p.crypto.ed25519 import create_new_key_pair; create_new_key_pair()"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
