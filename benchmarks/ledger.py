@@ -14,7 +14,7 @@ from statistics import median
 import trio
 from nacl.signing import SigningKey
 
-from benchmarks import Figure
+from benchmarks import Figure, interpreter_rate
 from kaisar_p2p.ledger import ED25519, ChainParameters, EmbeddedLedger, open_call, open_embedded, sign_call
 from kaisar_p2p.ledger.file import LedgerFile
 
@@ -40,7 +40,7 @@ class _Wallet:
 
 def figures() -> list[Figure]:
     """Rates of the embedded ledger on this machine's disk; payloads of 200 bytes."""
-    return [_signature_checks(), *trio.run(_chain_figures), _poll_cost()]
+    return [_signature_checks(), *trio.run(_chain_figures), _poll_cost(), *interpreter_rate.figures()]
 
 
 def _rate(work: Callable[[], object], count: int) -> float:
