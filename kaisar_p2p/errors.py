@@ -20,6 +20,7 @@
     │   └── LimitExceeded            one of our own bounds was reached
     ├── RuntimeUnavailable           no container engine answers
     ├── ContainerError               a container could not be created, started or reached
+    ├── OrderRefused                 an order that cannot be placed; nothing was locked
     ├── HardwareError                a probe or a proof backend failed
     ├── StoreError                   the node's own database
     └── NodeUnavailable              no local node answers on its API
@@ -106,6 +107,10 @@ class RuntimeUnavailable(KaisarError):
 
 class ContainerError(KaisarError):
     """A container could not be created, started or reached."""
+
+
+class OrderRefused(KaisarError):
+    """An order that cannot be placed; nothing was locked."""
 
 
 class HardwareError(KaisarError):

@@ -10,19 +10,32 @@ import trio
 
 from kaisar_p2p.errors import CallRejected, LedgerError
 from kaisar_p2p.identity import Wallet
-from kaisar_p2p.ledger import Ledger, Receipt
+from kaisar_p2p.ledger import Block, Ledger, Receipt
 from node.clock import Clock
 from node.inbox import Inbox, Lane
 from protocols.actions import BlockApplied
+from protocols.epochs import EpochCertificate, EpochHeader
 from protocols.genesis import genesis_state
 from protocols.interpreter.apply import apply
-from protocols.interpreter.state import State
+from protocols.interpreter.calls import AnchorPost, parse_payload
+from protocols.interpreter.events import Anchored, CallApplied, CallIgnored, LedgerEvent
+from protocols.interpreter.state import Registry, State
 
 log = logging.getLogger(__name__)
 
 LIVE_LAG_S = 30.0
 REMEMBERED_EPOCHS = 2
+ANCHOR_PROOFS = 64
 RESUBMIT_BLOCKS = 12
+
+
+@dataclass(frozen=True)
+class AnchorProof:
+    """What shows to anybody that an epoch's header was signed by two thirds of the stake."""
+
+    header: EpochHeader
+    certificate: EpochCertificate
+    registry: Registry
 
 
 class Chain:
@@ -35,6 +48,7 @@ class Chain:
         self._clock = clock
         self._advanced = trio.Event()
         self.call_outcomes: dict[bytes, str] = {}
+        self.anchor_proofs: dict[int, AnchorProof] = {}
 
     async def run(self) -> None:
         """Apply every finalized block, from the beginning; until cancelled."""
@@ -42,6 +56,7 @@ class Chain:
             async for block in blocks:
                 self.state, events = apply(self.state, block)
                 self._remember_outcomes(events)
+                self._remember_anchors(block, events)
                 live = self._clock.now() - block.time_ms / 1000 < max(LIVE_LAG_S, 4 * self.state.params.slot_ms / 1000)
                 if live or await self._is_recent(block.number):
                     await self._inbox.put_patiently(Lane.BLOCK, BlockApplied(self.state, events, live))
@@ -53,13 +68,28 @@ class Chain:
         tip = await self.ledger.finalized()
         return number > tip.number - REMEMBERED_EPOCHS * self.state.params.epoch_blocks
 
-    def _remember_outcomes(self, events: tuple[object, ...]) -> None:
+    def _remember_outcomes(self, events: tuple[LedgerEvent, ...]) -> None:
         for event in events:
-            call_hash = getattr(event, "call_hash", None)
-            if call_hash is not None:
-                self.call_outcomes[call_hash] = getattr(event, "reason", "")
+            if isinstance(event, CallApplied):
+                self.call_outcomes[event.call_hash] = ""
+            elif isinstance(event, CallIgnored):
+                self.call_outcomes[event.call_hash] = event.reason
         while len(self.call_outcomes) > 4096:
             self.call_outcomes.pop(next(iter(self.call_outcomes)))
+
+    def _remember_anchors(self, block: Block, events: tuple[LedgerEvent, ...]) -> None:
+        """The state keeps headers only; who exports a proof needs the certificate and the registry as well."""
+        if not any(isinstance(event, Anchored) for event in events):
+            return
+        payloads = {call.call_hash: call.payload for call in block.calls}
+        for event in events:
+            if isinstance(event, CallApplied) and event.call == AnchorPost.__name__:
+                post = parse_payload(payloads[event.call_hash])
+                assert isinstance(post, AnchorPost)
+                registry = self.state.registries.get(post.header.epoch, ())
+                self.anchor_proofs[post.header.epoch] = AnchorProof(post.header, post.certificate, registry)
+        while len(self.anchor_proofs) > ANCHOR_PROOFS:
+            self.anchor_proofs.pop(next(iter(self.anchor_proofs)))
 
     async def advanced(self) -> None:
         """Until the next block was applied."""
@@ -86,7 +116,7 @@ class Chain:
 
 @dataclass
 class CallSubmitter:
-    """Machines repeat a call until the ledger shows its effect; this hands it in once in a while, not at every block."""
+    """Machines repeat a call until the ledger shows its effect; this hands it in once in a while only."""
 
     chain: Chain
     wallet: Wallet

@@ -1,8 +1,8 @@
 """Canonical codec: frozen dataclasses as msgpack arrays.
 
 A message is the array ``[tag, field, …]`` in minimal msgpack: integers, byte strings, text, arrays; no maps, floats,
-nil, booleans or extensions. Whatever does not re-encode to itself is refused, so that equal messages have equal bytes and
-signatures can be checked on the bytes as received (https://github.com/msgpack/msgpack/blob/master/spec.md).
+nil, booleans or extensions. Whatever does not re-encode to itself is refused, so that equal messages have equal bytes
+and signatures can be checked on the bytes as received (https://github.com/msgpack/msgpack/blob/master/spec.md).
 
 ::
 
