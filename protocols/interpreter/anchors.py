@@ -27,6 +27,8 @@ def post(draft: Draft, call: AnchorPost) -> bytes:
         raise Refused("signed by less than two thirds of the stake")
     if not verify_header(call.certificate, header, registry, draft.network):
         raise Refused("a signature of the certificate is wrong")
+    if header.registry_root != registry_root(registry):  # last: in a large registry this costs more than a signature
+        raise Refused("another registry root")
     digest = header_hash(header, draft.network)
     size = len(MAGIC) + 1 + len(encode(call))
     draft.anchors[header.epoch] = Anchor(header, digest, draft.base.number, signed, total, size)
@@ -38,7 +40,7 @@ def post(draft: Draft, call: AnchorPost) -> bytes:
 
 
 def _check_header(draft: Draft, header: EpochHeader) -> Registry:
-    """The registry that must have signed the header, if everything but the signatures is right."""
+    """The registry that must have signed the header, if what it says fits the ledger."""
     last = draft.anchors.get(draft.last_anchor)
     if header.epoch <= draft.last_anchor:
         raise Refused("that epoch, or a later one, is anchored already")
@@ -49,10 +51,7 @@ def _check_header(draft: Draft, header: EpochHeader) -> Registry:
     registry = draft.base.registries.get(header.epoch)
     if not registry:
         raise Refused("the registry of that epoch is not known")
-    epochs = _epochs_covered(draft, header)
-    if header.registry_root != registry_root(registry):
-        raise Refused("another registry root")
-    if header.minted_planck > epochs * draft.params.epoch_reward_planck:
+    if header.minted_planck > _epochs_covered(draft, header) * draft.params.epoch_reward_planck:
         raise Refused("mints more than the reward of its epochs")
     return registry
 
