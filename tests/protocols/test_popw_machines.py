@@ -1,4 +1,4 @@
-"""Seats, worker and aggregators back to back in virtual time: real keys, real proofs of a tiny job, no network."""
+"""Seats, worker and popw.aggregators back to back in virtual time: real keys, real proofs of a tiny job, no network."""
 
 from __future__ import annotations
 
@@ -15,43 +15,19 @@ from kaisar_p2p.hardware.prove import NumpyBackend
 from kaisar_p2p.wire import matproof
 from kaisar_p2p.wire.codec import decode, encode
 from kaisar_p2p.wire.crypto import KeyPair
-from kaisar_p2p.wire.envelope import open_signed, seal
+from kaisar_p2p.wire.envelope import seal
 from kaisar_p2p.wire.verdict import Verdict
 from protocols import actions as do
+from protocols import equivocation as proofs
+from protocols import popw
 from protocols.adverts import GPU_CLASS, Spec
 from protocols.committees import check_committee, verify_certificate
-from protocols.equivocation import (
-    DoubleChallenge,
-    DoubleVote,
-    FalsePass,
-    LazyCheck,
-    WrongResult,
-    context_of,
-    validate_evidence,
-    verify_evidence,
-)
 from protocols.interpreter.calls import CHECKER, PROVIDER
 from protocols.interpreter.events import SlotStarted
 from protocols.interpreter.state import ACTIVE, REGISTERED, MachineState, State, WorkerState
 from protocols.machine import Machine
 from protocols.params import DEMO
-from protocols.popw import (
-    BADJOB,
-    CHALLENGE_PROTOCOL,
-    LATE,
-    NO_COMMIT,
-    PASS,
-    SILENT,
-    VOTE_PROTOCOL,
-    WRONG,
-    Challenge,
-    Commit,
-    Vote,
-    aggregators,
-    core_hash,
-    validate_assignment,
-    validate_certificate,
-)
+from protocols.popw import BADJOB, LATE, NO_COMMIT, PASS, SILENT, WRONG, Challenge, Vote
 from protocols.popw_seat import SeatMachine, Stage
 from protocols.popw_worker import NOTHING, WorkerCheckMachine, WorkerFaults
 from protocols.quorum import CoreVote, QuorumCertificate, ReadyCore, VerdictCore
@@ -64,9 +40,9 @@ DELAY_S = 0.03
 PROVE_S = 0.5
 CHECK_S = 0.05
 VALIDATE: dict[str, Callable[..., Any]] = {
-    "certificate": validate_certificate,
-    "assignment": validate_assignment,
-    "evidence": validate_evidence,
+    "certificate": popw.validate_certificate,
+    "assignment": popw.validate_assignment,
+    "evidence": proofs.validate_evidence,
 }
 
 
@@ -234,7 +210,7 @@ def verdict_of(swarm: Swarm, state: State) -> int:
 def order_of(state: State) -> tuple[bytes, ...]:
     committee = check_committee(state, state.slot, WORKER.public_key)
     assert committee is not None
-    return aggregators(committee, state.beacons[state.slot], WORKER.public_key, NETWORK)
+    return popw.aggregators(committee, state.beacons[state.slot], WORKER.public_key, NETWORK)
 
 
 # ── the worker's behaviour decides ───────────────────────────────────────────────────────────────────────────────────
@@ -265,9 +241,9 @@ def test_a_wrong_worker_is_certified_and_proven_wrong() -> None:
     swarm.start_slot(state)
     swarm.run()
     assert verdict_of(swarm, state) == WRONG
-    evidence = [decode(WrongResult, payload) for payload in swarm.topic("evidence")]
+    evidence = [decode(proofs.WrongResult, payload) for payload in swarm.topic("evidence")]
     assert evidence
-    assert all(verify_evidence(each, context_of(state)) == WORKER.public_key for each in evidence)
+    assert all(proofs.verify_evidence(each, proofs.context_of(state)) == WORKER.public_key for each in evidence)
 
 
 def test_a_late_worker_is_late() -> None:
@@ -374,7 +350,7 @@ def test_aggregators_that_keep_votes_to_themselves_are_gone_round() -> None:
         deadline = None
 
         def step(self, event: do.Event, now: float) -> list[do.Action]:
-            if isinstance(event, do.Incoming) and event.protocol == VOTE_PROTOCOL:
+            if isinstance(event, do.Incoming) and event.protocol == popw.VOTE_PROTOCOL:
                 return [do.Reply(event.call_id, b"\x01")]
             return []
 
@@ -403,7 +379,7 @@ class Liar:
         if isinstance(event, do.WorkDone):
             event = do.WorkDone(event.work_id, matproof.CheckResult(True, None, bytes(32)))
         actions = self._inner.step(event, now)
-        requests = [each for each in actions if isinstance(each, do.Request) and each.protocol == VOTE_PROTOCOL]
+        requests = [each for each in actions if isinstance(each, do.Request) and each.protocol == popw.VOTE_PROTOCOL]
         for request in requests:
             vote = decode(Vote, request.payload)
             self.votes.append(vote)
@@ -412,7 +388,7 @@ class Liar:
 
     def _other(self, vote: Vote) -> bytes:
         core = replace(vote.core, verdict=LATE)
-        private = replace(vote.private, core_hash=core_hash(core, NETWORK))
+        private = replace(vote.private, core_hash=popw.core_hash(core, NETWORK))
         signatures = [self._keys.sign(each.DOMAIN, NETWORK, encode(each)) for each in (core, private)]
         return encode(Vote(core, signatures[0], private, signatures[1]))
 
@@ -425,15 +401,17 @@ def test_a_lying_seat_changes_nothing_and_is_caught() -> None:
     swarm.start_slot(state)
     swarm.run()
     assert verdict_of(swarm, state) == WRONG
-    context = context_of(state)
+    context = proofs.context_of(state)
     doubles = [payload for payload in swarm.topic("evidence") if payload[3:4] == b"\x64" or payload[1:2] == b"\x64"]
     assert doubles
-    assert all(verify_evidence(decode(DoubleVote, each), context) == liar_keys.public_key for each in doubles)
-    wrong = next(decode(WrongResult, each) for each in swarm.topic("evidence") if each not in doubles)
-    lazy = LazyCheck(liar.votes[0], wrong.commit)
-    assert verify_evidence(lazy, context) == liar_keys.public_key
-    false = [FalsePass(liar.votes[0], replace(wrong, tile=tile)) for tile in range(2)]
-    assert liar_keys.public_key in {verify_evidence(each, context) for each in false}
+    assert all(
+        proofs.verify_evidence(decode(proofs.DoubleVote, each), context) == liar_keys.public_key for each in doubles
+    )
+    wrong = next(decode(proofs.WrongResult, each) for each in swarm.topic("evidence") if each not in doubles)
+    lazy = proofs.LazyCheck(liar.votes[0], wrong.commit)
+    assert proofs.verify_evidence(lazy, context) == liar_keys.public_key
+    false = [proofs.FalsePass(liar.votes[0], replace(wrong, tile=tile)) for tile in range(2)]
+    assert liar_keys.public_key in {proofs.verify_evidence(each, context) for each in false}
 
 
 def test_a_seat_with_two_challenges_is_caught_once() -> None:
@@ -446,11 +424,13 @@ def test_a_seat_with_two_challenges_is_caught_once() -> None:
     for value in (bytes(32), b"\x01" * 32):
         second = Challenge(state.params.epoch_of_slot(SLOT), SLOT, WORKER.public_key, seat, value)
         payload = seal(second, SEATS[4], NETWORK)
-        request = do.Request(f"mine/{value.hex()}", WORKER.public_key, CHALLENGE_PROTOCOL, payload, 5.0)
+        request = do.Request(f"mine/{value.hex()}", WORKER.public_key, popw.CHALLENGE_PROTOCOL, payload, 5.0)
         swarm.carry_out(SEATS[4].public_key, swarm.nodes[SEATS[4].public_key], request)
     swarm.run()
     (payload,) = swarm.topic("evidence")
-    assert verify_evidence(decode(DoubleChallenge, payload), context_of(state)) == SEATS[4].public_key
+    assert (
+        proofs.verify_evidence(decode(proofs.DoubleChallenge, payload), proofs.context_of(state)) == SEATS[4].public_key
+    )
     assert verdict_of(swarm, state) == PASS
 
 
@@ -540,9 +520,9 @@ def test_malformed_challenges_are_refused() -> None:
         (stranger, seal(replace(good, slot=SLOT + 1), stranger, NETWORK)),
     ]
     for peer, payload in cases:
-        actions = incoming(swarm, WORKER.public_key, peer.public_key, CHALLENGE_PROTOCOL, payload)
+        actions = incoming(swarm, WORKER.public_key, peer.public_key, popw.CHALLENGE_PROTOCOL, payload)
         assert actions == [do.Reply(10**6, NOTHING)]
-    assert incoming(swarm, WORKER.public_key, holder.public_key, CHALLENGE_PROTOCOL, sealed) == []
+    assert incoming(swarm, WORKER.public_key, holder.public_key, popw.CHALLENGE_PROTOCOL, sealed) == []
 
 
 def test_malformed_votes_are_refused_and_foreign_ones_left_alone() -> None:
@@ -571,12 +551,12 @@ def test_malformed_votes_are_refused_and_foreign_ones_left_alone() -> None:
         encode(replace(vote, private=replace(vote.private, elapsed_ms=1))),
     ]
     for case in cases:
-        actions = incoming(swarm, target, voter.public_key, VOTE_PROTOCOL, case)
+        actions = incoming(swarm, target, voter.public_key, popw.VOTE_PROTOCOL, case)
         assert actions == [do.Reply(10**6, b"\x00")]
-    assert incoming(swarm, target, target, VOTE_PROTOCOL, payload) == [do.Reply(10**6, b"\x00")]
-    assert incoming(swarm, target, voter.public_key, VOTE_PROTOCOL, payload) == [do.Reply(10**6, b"\x01")]
+    assert incoming(swarm, target, target, popw.VOTE_PROTOCOL, payload) == [do.Reply(10**6, b"\x00")]
+    assert incoming(swarm, target, voter.public_key, popw.VOTE_PROTOCOL, payload) == [do.Reply(10**6, b"\x01")]
     foreign = encode(CoreVote(ReadyCore(bytes(32), bytes(32)), 0, bytes(64)))
-    assert incoming(swarm, target, voter.public_key, VOTE_PROTOCOL, foreign) == []
+    assert incoming(swarm, target, voter.public_key, popw.VOTE_PROTOCOL, foreign) == []
 
 
 @pytest.mark.parametrize("payload", [b"", b"\xff" * 100, bytes(100_000)])
@@ -611,13 +591,3 @@ def test_events_of_other_machines_are_ignored() -> None:
     for event in events:
         assert machine.step(event, 0.0) == []
         assert worker.step(event, 0.0) == []
-
-
-def test_the_commitment_is_what_the_worker_signed() -> None:
-    swarm, state = swarm_of(), state_at()
-    swarm.start_slot(state)
-    swarm.run(0.58)
-    machine = swarm.nodes[SEATS[0].public_key].machines[0]
-    assert isinstance(machine, SeatMachine)
-    commit = open_signed(Commit, machine.checks[0].envelope, NETWORK)
-    assert commit.signer == WORKER.public_key and commit.message.job == PARAMS.job.pack()
