@@ -127,9 +127,7 @@ def wrong_result(commit: Commit, tags: list[matproof.Tags], round_index: int, ti
     return WrongResult(signed(commit, WORKER), round_index, tile, chunk, path)
 
 
-def double_vote(
-    first: VerdictCore | WitnessCore | ReadyCore, second: VerdictCore | WitnessCore | ReadyCore
-) -> DoubleVote:
+def double_vote(first: Core, second: Core) -> DoubleVote:
     keys = HOLDERS[0]
     signatures = [keys.sign(core.DOMAIN, NETWORK, encode(core)) for core in (first, second)]
     return DoubleVote(keys.public_key, first, signatures[0], second, signatures[1])
