@@ -1,6 +1,6 @@
 """Votes and certificates: how fast one core verifies them, and how many bytes they take.
 
-The peer is PyNaCl (libsodium) verifying the same signatures in the same run: the difference is what our rules, codec and
+The peer is PyNaCl (libsodium) on the same signatures in the same run: the difference is what our rules, codec and
 domains add.
 """
 
