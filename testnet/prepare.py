@@ -5,7 +5,7 @@
     <directory>/manifest.json  ledger.sqlite  genesis.json  logs/<node>.log  swarm.json (while it runs)
     <directory>/nodes/<node>/  config.toml  keys/          (what `kaisar init` makes)
 
-Keys have no passphrase: whoever can read the directory can spend what the network's wallets hold, which is worth nothing.
+Keys have no passphrase: whoever can read the directory can spend what the network's wallets hold, which is nothing.
 """
 
 from __future__ import annotations
