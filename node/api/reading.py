@@ -16,9 +16,9 @@ from kaisar_p2p.identity import ss58_decode
 from node import views
 from node.api.metrics import metrics_text
 from node.api.requests import Fields, query_of
-from node.proof_file import ProvenReward, verify_reward_proof
 from node.store import NodeEvent
 from protocols.interpreter.state import AccountState
+from protocols.proofs import ProofReport, verify_export
 
 if TYPE_CHECKING:  # the node brings the whole peer-to-peer stack along
     from node.node import Node
@@ -153,9 +153,9 @@ class Reading:
             }
         )
 
-    def _proven(self) -> ProvenReward | None:
+    def _proven(self) -> ProofReport | None:
         try:
-            return verify_reward_proof(self._node.reward_proof())
+            return verify_export(self._node.reward_proof().encode())
         except KaisarError:  # nothing was earned yet, which is no error here
             return None
 
