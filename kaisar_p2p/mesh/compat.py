@@ -71,7 +71,6 @@ class _Unused(type):
 
 
 class _StandIn(types.ModuleType):
-
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)

@@ -29,6 +29,7 @@ class MeshLimits:
     negotiation_s: float = 10.0  # multistream-select on a new stream
     dial_s: float = 5.0  # one address
     keepalive_s: float = 10.0  # ping interval; a connection silent for three of them is dead
+    buffered_bytes: int = 64 * 1024 * 1024  # received on streams and not read yet, all peers together
     outbound_frames: int = 512  # gossip frames waiting for one peer, the oldest give way
     outbound_bytes: int = 4 * 1024 * 1024
     send_stall_s: float = 30.0  # a peer that does not read its gossip for so long is disconnected

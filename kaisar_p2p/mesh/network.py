@@ -27,7 +27,7 @@ from kaisar_p2p.mesh.limits import MeshLimits
 from kaisar_p2p.mesh.negotiation import respond
 from kaisar_p2p.mesh.noise import PROTOCOL_ID as NOISE_ID
 from kaisar_p2p.mesh.noise import NoiseSession, NoiseTransport
-from kaisar_p2p.mesh.yamux import MuxedStream, Muxer
+from kaisar_p2p.mesh.yamux import MuxedStream, Muxer, ReceivedBytes
 
 from libp2p.abc import IMuxedConn, ISecureConn  # isort: skip
 from libp2p.connection_types import ConnectionType  # isort: skip
@@ -82,11 +82,13 @@ class _MuxerSelection(MuxerMultistream):
     def __init__(self, limits: MeshLimits) -> None:
         super().__init__({_YAMUX_ID: Muxer}, negotiate_timeout=int(limits.negotiation_s))
         self._limits = limits
+        self._received = ReceivedBytes(limits.buffered_bytes)
 
     async def new_conn(self, conn: ISecureConn, peer_id: ID) -> IMuxedConn:
         protocol, _ = await self._selector.select(conn, conn.is_initiator, self.negotiate_timeout)
         assert isinstance(conn, NoiseSession)
-        return self._annotate_connection(Muxer(conn, peer_id, limits=self._limits), conn, protocol)
+        muxer = Muxer(conn, peer_id, limits=self._limits, received=self._received)
+        return self._annotate_connection(muxer, conn, protocol)
 
 
 class _Upgrader(TransportUpgrader):

@@ -4,9 +4,9 @@ Replaces the library's muxer, whose receive windows are not enforced (a peer can
 limit of streams and sends a window update for every read. Here one task reads, one writes whatever has gathered
 meanwhile, one sends pings.
 
-What a peer can cost: `streams_per_connection` streams, the window of each until somebody reads it, and never more
-than `_BUFFERED_BYTES` in all; then the connection is not read until the handlers catch up. Whoever breaks the
-framing or a window loses the connection.
+What a peer can cost: `streams_per_connection` streams, the window of each until somebody reads it, and all peers
+together `buffered_bytes`: above that, streams that nobody reads are reset. Whoever breaks the framing or a window loses
+the connection.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import struct
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from types import TracebackType
 
 import trio
@@ -42,12 +43,26 @@ _FIRST_WINDOW = 256 * 1024  # given to every stream by the specification
 _LARGEST_WINDOW = 1024 * 1024  # grown to while the reader keeps up
 _FRAME_BYTES = 64 * 1024 - 1
 _QUEUED_BYTES = 512 * 1024  # writers wait above this
-_BUFFERED_BYTES = 8 * 1024 * 1024  # received and not read, all streams of a connection together
+_GROWN_BYTES = 8 * 1024 * 1024  # that the windows of one connection may grow in all
+_SMALL_BACKLOG = 64 * 1024  # a stream with less is not the one to blame when memory runs short
 _LINGER_S = 30.0  # a stream that we closed and the peer did not
 
 
 class ProtocolViolation(Exception):
     """The peer broke yamux; its connection ends."""
+
+
+@dataclass
+class ReceivedBytes:
+    """Bytes received and not read yet, of all connections of a node together."""
+
+    most: int
+    held: int = 0
+
+    @property
+    def too_many(self) -> bool:
+        """More than the node wants to hold."""
+        return self.held > self.most
 
 
 class MuxedStream(IMuxedStream):
@@ -62,10 +77,16 @@ class MuxedStream(IMuxedStream):
         self._credit = _FIRST_WINDOW  # what the peer may still send
         self._allowance = _FIRST_WINDOW  # what we may still send
         self._eof = self._was_reset = self._closed = False
+        self._counted = True  # in the node's bytes held
         self._discard_until: float | None = None
         self._readable: trio.Event | None = None
         self._writable: trio.Event | None = None
         self._write_lock = trio.Lock()
+
+    @property
+    def grown(self) -> int:
+        """What the receive window has grown since the stream was opened."""
+        return self._window - _FIRST_WINDOW
 
     async def read(self, n: int | None = None) -> bytes:
         """Some bytes, at most `n`; raises MuxedStreamEOF at the end and MuxedStreamReset after a reset."""
@@ -86,7 +107,7 @@ class MuxedStream(IMuxedStream):
         else:
             data = bytes(received[:n])
             del received[:n]
-        self._connection.consumed(len(data))
+        self._uncount(len(data))
         self._reopen_window()
         return data
 
@@ -95,7 +116,7 @@ class MuxedStream(IMuxedStream):
             return
         used = self._window - self._credit - len(self._received)
         if used >= self._window // 2:
-            self._window = min(2 * self._window, _LARGEST_WINDOW)
+            self._window += self._connection.grow(min(self._window, _LARGEST_WINDOW - self._window))
             more = self._window - self._credit - len(self._received)
             self._credit += more
             self._connection.enqueue(_HEADER.pack(0, _WINDOW, 0, self.stream_id, more))
@@ -178,7 +199,11 @@ class MuxedStream(IMuxedStream):
         if self._discard_until is not None or self._was_reset:
             return
         self._received += data
-        self._connection.buffered(len(data))
+        memory = self._connection.received
+        memory.held += len(data)
+        if memory.too_many and len(self._received) > _SMALL_BACKLOG:
+            log.warning("stream of %s reset: too much is waiting to be read", self._connection.peer_id)
+            self.reset_nowait()
         if self._readable is not None:
             self._readable.set()
             self._readable = None
@@ -208,8 +233,18 @@ class MuxedStream(IMuxedStream):
         self._readable = self._writable = None
 
     def _drop_received(self) -> None:
-        self._connection.consumed(len(self._received))
+        self._uncount(len(self._received))
         self._received.clear()
+
+    def _uncount(self, size: int) -> None:
+        if self._counted:
+            self._connection.received.held -= size
+
+    def end_with_connection(self) -> None:
+        """The connection is over: what has arrived can be read, but nobody waits for memory because of it."""
+        self._uncount(len(self._received))
+        self._counted = False
+        self.end_reset()
 
     def set_deadline(self, ttl: int) -> None:
         """Deadlines are cancel scopes of the caller."""
@@ -239,6 +274,7 @@ class Muxer(IMuxedConn):
         on_close: Callable[[], Awaitable[None]] | None = None,
         *,
         limits: MeshLimits | None = None,
+        received: ReceivedBytes | None = None,
     ) -> None:
         self.peer_id = peer_id
         self.on_close = on_close  # part of the library's interface
@@ -247,6 +283,7 @@ class Muxer(IMuxedConn):
         self.received_bytes = self.sent_bytes = 0
         self.last_received = 0.0  # trio time
         self._limits = limits or MeshLimits()
+        self.received = received or ReceivedBytes(self._limits.buffered_bytes)
         self._session = session
         self._initiator = session.is_initiator if is_initiator is None else is_initiator
         self._next_id = 1 if self._initiator else 2
@@ -257,10 +294,10 @@ class Muxer(IMuxedConn):
             self._limits.streams_per_connection
         )
         self._queue: list[bytes | memoryview] = []
-        self._queued_bytes = self._buffered_bytes = 0
+        self._queued_bytes = 0
+        self._growth_left = _GROWN_BYTES
         self._queue_filled: trio.Event | None = None
         self._queue_drained: trio.Event | None = None
-        self._buffers_consumed: trio.Event | None = None
         self._scope: trio.CancelScope | None = None
         self._ended = False
         self._ping_id, self._ping_sent = 0, 0.0
@@ -325,11 +362,10 @@ class Muxer(IMuxedConn):
         self._ended = True
         self._accept_send.close()
         for stream in list(self._streams.values()):
-            stream.end_reset()
+            stream.end_with_connection()
         self._queue.clear()
-        for event in (self._queue_drained, self._buffers_consumed):
-            if event is not None:
-                event.set()
+        if self._queue_drained is not None:
+            self._queue_drained.set()
         try:
             await self._session.close()
         except Exception as error:  # noqa: BLE001  (the socket may be gone already)
@@ -407,25 +443,8 @@ class Muxer(IMuxedConn):
             if used:
                 del data[:used]
             await self.drained()  # a peer that makes us answer but does not read is not read either
-            await self._wait_for_handlers()
             await self._session.fill()
             self.last_received = trio.current_time()
-
-    async def _wait_for_handlers(self) -> None:
-        while self._buffered_bytes > _BUFFERED_BYTES:
-            self._buffers_consumed = trio.Event()
-            await self._buffers_consumed.wait()
-
-    def buffered(self, size: int) -> None:
-        """A stream holds `size` bytes more."""
-        self._buffered_bytes += size
-
-    def consumed(self, size: int) -> None:
-        """A handler took `size` bytes."""
-        self._buffered_bytes -= size
-        if self._buffers_consumed is not None and self._buffered_bytes <= _BUFFERED_BYTES:
-            self._buffers_consumed.set()
-            self._buffers_consumed = None
 
     _body_left = 0  # bytes of the current data frame that have not arrived
     _body_stream: MuxedStream | None = None
@@ -509,9 +528,17 @@ class Muxer(IMuxedConn):
         self.enqueue(_HEADER.pack(0, _WINDOW, _ACK, stream_id, 0))
         return stream
 
+    def grow(self, size: int) -> int:
+        """How much of `size` a stream's window may grow."""
+        granted = min(size, self._growth_left)
+        self._growth_left -= granted
+        return granted
+
     def forget(self, stream: MuxedStream) -> None:
         """Both sides are done with the stream."""
         known = self._streams.pop(stream.stream_id, None)
+        if known is not None:
+            self._growth_left += stream.grown
         if known is not None and (stream.stream_id & 1) != (self._next_id & 1):
             self._inbound -= 1
 

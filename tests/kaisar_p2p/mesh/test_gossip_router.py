@@ -13,7 +13,7 @@ T = "topic"
 
 
 def router(*, scores: dict[bytes, float] | None = None, seed: int = 1) -> Router:
-    known = scores or {}
+    known = {} if scores is None else scores
     made = Router(random.Random(seed), lambda peer: known.get(peer, 0.0))
     made.join(T)
     return made

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 
@@ -18,7 +19,7 @@ def accept(*_message: object) -> tuple[Verdict, str]:
 
 async def eventually(condition, within_s: float = 15.0) -> None:
     with trio.fail_after(within_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110  (many conditions have no event)
             await trio.sleep(0.005)
 
 
@@ -26,9 +27,9 @@ async def line(lab, count: int, topic: str = "advert") -> tuple[list[Mesh], list
     """Meshes that know only their neighbour, all subscribed."""
     meshes = [await lab.mesh(target_peers=0) for _ in range(count)]
     channels = [mesh.subscribe(topic, accept) for mesh in meshes]
-    for left, right in zip(meshes, meshes[1:], strict=False):
+    for left, right in itertools.pairwise(meshes):
         right.keep_connected(left.key, left.addrs)
-    for left, right in zip(meshes, meshes[1:], strict=False):
+    for left, right in itertools.pairwise(meshes):
         await eventually(lambda left=left, right=right: right.key in left.subscribers(topic))
         await eventually(lambda left=left, right=right: left.key in right.subscribers(topic))
     return meshes, channels
