@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -38,6 +40,9 @@ from protocols.popw import PASS
 from protocols.quorum import QuorumCertificate, VerdictCore
 
 NAMES = ("alice", "bob", "carol", "provider", "checker0", "checker1", "checker2", "checker3")
+PARTS = ("accounts", "machines", "workers", "orders", "open_orders", "bootstrap", "anchors", "totals", "last_anchor",
+         "licences_sold")  # fmt: skip
+"""What only calls change."""
 PARAMS = {"slot_blocks": 2, "epoch_slots": 2, "block_ms": 1000, "unbonding_epochs": 2, "deploy_timeout_ms": 4_000}
 SPEC = Spec(CPU_CLASS, 8, 16_000, 100_000, 0, 0, "")
 RESOURCES = Spec(CPU_CLASS, 3, 4_000, 10_000, 0, 0, "")
@@ -308,3 +313,31 @@ def working() -> Chain:
     chain = Chain()
     chain.add_worker()
     return chain
+
+
+@pytest.fixture
+def check_refusal() -> Callable[[str, Callable], None]:
+    """Run a case, `case(chain)` or `case(new_chain)`: its call is refused for that reason and changes nothing."""
+
+    def check(reason: str, case: Callable) -> None:
+        makes_its_chain = "new_chain" in inspect.signature(case).parameters
+        chain, name, body = case(Chain) if makes_its_chain else (chain := Chain(), *case(chain))
+        before = {part: getattr(chain.state, part) for part in PARTS}
+        outcome = chain.run(name, body)
+        call_hash = chain.blocks[-1].calls[0].call_hash
+        assert outcome == CallIgnored(call_hash, account(name), type(body).__name__, reason)
+        assert {part: getattr(chain.state, part) for part in PARTS} == before
+
+    return check
+
+
+@pytest.fixture
+def written_reasons() -> Callable[..., set[str]]:
+    """The reasons for which modules of the interpreter refuse."""
+
+    def collect(*modules: Any) -> set[str]:
+        trees = [ast.parse(inspect.getsource(module)) for module in modules]
+        nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        return {node.args[0].value for node in nodes if getattr(node.func, "id", "") == "Refused"}
+
+    return collect
