@@ -25,17 +25,17 @@ def due_workers(state: State, slot: int) -> tuple[DueCheck, ...]:
 
     Empty when the slot's beacon is not in the state (not started yet, or too long ago).
     """
-    beacon = state.beacons.get(slot)
-    if beacon is None:
-        return ()
-    grand = is_grand_slot(state, slot)
-    checks = []
-    for key, worker in sorted(state.workers.items()):
-        reason = _reason(state, slot, beacon, grand, key, worker, leased=bool(state.open_orders.get(key)))
-        if reason is not None:
-            samples = state.params.registration_samples if reason == REGISTRATION else state.params.samples
-            checks.append(DueCheck(key, samples, reason))
-    return tuple(checks)
+    checks = (due_check(state, slot, key) for key in sorted(state.workers))
+    return tuple(check for check in checks if check is not None)
+
+
+def due_check(state: State, slot: int, key: bytes) -> DueCheck | None:
+    """The check of one worker that starts with `slot`, or None."""
+    beacon, worker = state.beacons.get(slot), state.workers.get(key)
+    reason = _reason(state, slot, beacon, key, worker) if beacon is not None and worker is not None else None
+    if reason is None:
+        return None
+    return DueCheck(key, state.params.registration_samples if reason == REGISTRATION else state.params.samples, reason)
 
 
 def is_grand_slot(state: State, slot: int) -> bool:
@@ -51,9 +51,7 @@ def wins_standby_draw(state: State, beacon: bytes, worker: bytes) -> bool:
     return number % PERMILLE < state.params.standby_check_permille
 
 
-def _reason(
-    state: State, slot: int, beacon: bytes, grand: bool, key: bytes, worker: WorkerState, *, leased: bool
-) -> str | None:
+def _reason(state: State, slot: int, beacon: bytes, key: bytes, worker: WorkerState) -> str | None:
     params = state.params
     if worker.status == REGISTERED:
         if worker.registered_block >= slot * params.slot_blocks:
@@ -61,8 +59,9 @@ def _reason(
         # A worker that failed for a whole epoch is tried at the standby rate, so that it cannot tire its committees.
         age = slot - params.slot_of(worker.registered_block)
         return REGISTRATION if age <= params.epoch_slots or wins_standby_draw(state, beacon, key) else None
-    if worker.status != ACTIVE or leased:  # the witnesses of its lease see whether a leased worker is alive
+    # The witnesses of its lease see whether a leased worker is alive.
+    if worker.status != ACTIVE or state.open_orders.get(key):
         return None
-    if grand:
+    if is_grand_slot(state, slot):
         return GRAND
     return STANDBY if wins_standby_draw(state, beacon, key) else None

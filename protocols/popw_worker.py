@@ -29,7 +29,7 @@ from protocols.actions import (
     WorkDone,
 )
 from protocols.committees import check_committee
-from protocols.due import due_workers
+from protocols.due import due_check
 from protocols.equivocation import EVIDENCE_TOPIC, DoubleChallenge
 from protocols.interpreter.calls import CHECKER
 from protocols.interpreter.events import SlotStarted
@@ -146,9 +146,7 @@ class WorkerCheckMachine:
     def _open_run(self, state: State, slot: int) -> None:
         """Whether this worker is due is decided from the state at the slot's first block, as its seats do."""
         key = self._keys.public_key
-        if key not in state.workers or all(due.worker != key for due in due_workers(state, slot)):
-            return
-        committee = check_committee(state, slot, key)
+        committee = check_committee(state, slot, key) if due_check(state, slot, key) else None
         if committee is not None and slot not in self._runs:
             self._runs[slot] = Run(slot, committee)
 
