@@ -30,21 +30,19 @@ from protocols.actions import (
 )
 from protocols.digests import header_hash
 from protocols.epoch_body import (
-    GENESIS,
-    Base,
     Known,
     assemble,
-    belongs_to,
     check_body,
     header_of,
     is_over,
     last_slot_of,
     mix_input,
 )
-from protocols.epoch_fetch import ANCHORED, BODY, CERTIFICATE, Downloads, Fetched, page_of, parse_request
+from protocols.epoch_fetch import ANCHORED, BODY, CERTIFICATE, page_of, parse_request
 from protocols.epoch_gossip import MAX_ROUNDS, TOPIC, proposers
+from protocols.epoch_library import Library, parse_body
 from protocols.epoch_pool import Pool
-from protocols.epoch_tally import BODIES_KEPT, Ended, Quorum, Tally
+from protocols.epoch_tally import Ended, Quorum, Tally
 from protocols.epochs import FETCH_PROTOCOL, EpochBody, EpochHeader, HeaderProposal, HeaderVote, MixReveal
 from protocols.equivocation import EVIDENCE, EVIDENCE_TOPIC, evidence_id
 from protocols.interpreter.calls import AnchorPost, payload_of
@@ -82,15 +80,10 @@ class EpochMachine:
         self._state: State | None = None
         self._tallies: dict[int, Tally] = {}
         self._pool = Pool(network)
-        self._bodies: dict[bytes, bytes] = {}
-        self._base = GENESIS
-        self._downloads = Downloads("epoch")
-        self._not_before: dict[bytes, float] = {}
+        self._library = Library(keys.public_key, network, bodies)
         self._deadline: float | None = None
         for _, data in certificates:
             self._restore(data)
-        for digest, data in bodies:
-            self._keep(digest, data)
 
     @property
     def deadline(self) -> float | None:
@@ -109,12 +102,8 @@ class EpochMachine:
                 actions += self._on_gossip(event)
             case Incoming(protocol=protocol) if protocol == FETCH_PROTOCOL:
                 return self._serve(event)
-            case Answer():
-                requests, fetched = self._downloads.answer(event.request_id, event.payload)
-                actions += [*requests, *self._on_fetched(fetched, now)]
-            case RequestEnded():
-                requests, fetched = self._downloads.ended(event.request_id)
-                actions += [*requests, *self._on_fetched(fetched, now)]
+            case Answer() | RequestEnded():
+                actions += self._on_answer(event, now)
             case Wake():
                 pass
             case _:
@@ -129,7 +118,7 @@ class EpochMachine:
         for each in event.events:
             if isinstance(each, Anchored):
                 actions += self._on_anchored(state, each.epoch, now, live=event.live)
-        self._refresh_base()
+        self._follow_base(state)
         if state.params.ends_epoch(state.number):
             actions += self._on_epoch_end(state, now, live=event.live)
         return actions
@@ -152,31 +141,15 @@ class EpochMachine:
         self._tallies = {each: kept for each, kept in self._tallies.items() if each > epoch}
         data = tally.bodies.get(anchor.header_hash) if tally is not None else None
         if data is None:
-            return self._fetch_anchored(state, epoch, now) if live else []
-        return self._store(anchor.header, anchor.header_hash, data)
+            return self._library.fetch_anchored(state, epoch, now) if live else []
+        return self._library.add(anchor, data)
 
-    def _store(self, header: EpochHeader, digest: bytes, data: bytes) -> list[Action]:
-        self._keep(digest, data)
-        counts = (("epoch", header.epoch), ("verdicts", header.verdicts), ("rewards", header.rewards))
-        return [
-            Store("body", digest, data),
-            Note("epoch anchored", (*counts, ("leases", header.leases), ("minted_planck", str(header.minted_planck)))),
-        ]
-
-    def _refresh_base(self) -> None:
-        """Follow the newest anchor, and drop what no body on top of it can hold."""
-        if self._state is None or self._state.last_anchor < 0:
-            return
-        anchor = self._state.anchors[self._state.last_anchor]
-        if self._base.header_hash == anchor.header_hash and self._base.body is not None:
-            return
-        body = _parse_body(self._bodies.get(anchor.header_hash))
-        if self._base.header_hash == anchor.header_hash and body is None:
-            return
-        base = self._base = Base(anchor.header, anchor.header_hash, body)
-        params = self._state.params
-        self._pool.forget(lambda subject: is_over(subject, base, params))
-        self._pool.forget_evidence(body.evidence if body is not None else ())
+    def _follow_base(self, state: State) -> None:
+        """Build on the newest anchor, and drop what no body on top of it can hold."""
+        if self._library.follow(state):
+            base = self._library.base
+            self._pool.forget(lambda subject: is_over(subject, base, state.params))
+            self._pool.forget_evidence(base.body.evidence if base.body is not None else ())
 
     # ── gossip ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -232,11 +205,11 @@ class EpochMachine:
         order = proposers(ended.state, tally.epoch)
         if tally.proposed_round >= round_ or not order or order[round_ % len(order)] != self._keys.public_key:
             return []
-        if self._lacks_base():
-            return self._fetch_base(now)
+        if self._library.lacks_base:
+            return self._library.fetch_base(self._state, now)
         tally.proposed_round = round_
         body = self._assemble(tally, ended)
-        header = header_of(body, round_, ended.state, self._base, ended.state_root)
+        header = header_of(body, round_, ended.state, self._library.base, ended.state_root)
         digest = header_hash(header, self._network)
         tally.keep_body(digest, encode(body))
         envelope = seal(HeaderProposal(header), self._keys, self._network)
@@ -244,26 +217,26 @@ class EpochMachine:
 
     def _assemble(self, tally: Tally, ended: Ended) -> EpochBody:
         evidence = self._pool.evidence(self._grace_slot(ended.state))
-        return assemble(ended.state, self._base, tally.reveals(), self._pool.certificates().values(), evidence)
+        return assemble(ended.state, self._library.base, tally.reveals(), self._pool.certificates().values(), evidence)
 
     def _judge(self, tally: Tally, ended: Ended, header: EpochHeader, digest: bytes, now: float) -> list[Action]:
         """Vote for a proposal whose every leaf was rebuilt here; get what is missing first."""
-        if header.round <= tally.voted_round or header.previous != self._base.header_hash:
+        if header.round <= tally.voted_round or header.previous != self._library.base.header_hash:
             return []  # voted in a later round, or an anchor is missing here: asked again with the next block
-        if self._lacks_base():
-            return self._fetch_base(now)
-        if self._downloads.is_fetching(BODY, digest):
+        if self._library.lacks_base:
+            return self._library.fetch_base(self._state, now)
+        if self._library.is_fetching(digest):
             return []
         data = tally.bodies.get(digest)
         if data is None:
             own = self._assemble(tally, ended)
-            if header_of(own, header.round, ended.state, self._base, ended.state_root) != header:
+            if header_of(own, header.round, ended.state, self._library.base, ended.state_root) != header:
                 order = proposers(ended.state, tally.epoch)
-                return [*self._downloads.start(BODY, digest, [order[header.round % len(order)]])]
+                return self._library.fetch_proposed(digest, order[header.round % len(order)])
             data = encode(own)
             tally.keep_body(digest, data)
         else:
-            problem = self._problem(tally, ended, header, _parse_body(data))
+            problem = self._problem(tally, ended, header, parse_body(data))
             if problem:
                 tally.refused.add(digest)
                 return [_refusal(header, problem)]
@@ -278,7 +251,7 @@ class EpochMachine:
             due_reveals=tally.reveals_before(ended.at + EARLY * ended.window_s),
             evidence=self._pool.evidence(),
         )
-        return check_body(header, body, ended.state, self._base, ended.state_root, known)
+        return check_body(header, body, ended.state, self._library.base, ended.state_root, known)
 
     def _vote(self, tally: Tally, header: EpochHeader, digest: bytes) -> list[Action]:
         tally.voted_round = header.round
@@ -298,7 +271,7 @@ class EpochMachine:
         if tally.quorum is None or tally.submit_at is None or now < tally.submit_at:
             return []
         tally.submit_at = None
-        if tally.quorum.header.previous != self._base.header_hash:
+        if tally.quorum.header.previous != self._library.base.header_hash:
             return []
         post = AnchorPost(tally.quorum.header, tally.quorum.certificate)
         return [Submit(f"anchor/{tally.epoch}", payload_of(post))]
@@ -315,62 +288,29 @@ class EpochMachine:
 
     # ── bodies ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _lacks_base(self) -> bool:
-        return self._base.header is not None and self._base.body is None
-
-    def _fetch_base(self, now: float) -> list[Action]:
-        if self._state is None or self._base.header is None:
+    def _on_answer(self, event: Answer | RequestEnded, now: float) -> list[Action]:
+        if self._state is None:
             return []
-        return self._fetch_anchored(self._state, self._base.header.epoch, now)
-
-    def _fetch_anchored(self, state: State, epoch: int, now: float) -> list[Action]:
-        anchor = state.anchors[epoch]
-        if now < self._not_before.get(anchor.header_hash, now):
-            return []
-        order = proposers(state, epoch) or tuple(key for key, _ in state.registries.get(state.epoch, ()))
-        start = anchor.header.round % max(1, len(order))
-        peers = [key for key in order[start:] + order[:start] if key != self._keys.public_key]
-        return [*self._downloads.start(ANCHORED, anchor.header_hash, peers)]
-
-    def _on_fetched(self, fetched: Fetched | None, now: float) -> list[Action]:
-        if fetched is None or self._state is None:
-            return []
-        if fetched.kind == BODY:
-            return self._on_proposed_body(fetched)
-        anchor = next((each for each in self._state.anchors.values() if each.header_hash == fetched.key), None)
-        body = _parse_body(fetched.data)
-        if anchor is None or fetched.data is None or body is None or not belongs_to(body, anchor.header, self._network):
-            timeout_s = self._state.params.proposer_timeout_ms / 1000
-            self._not_before = {fetched.key: now + timeout_s}  # one object is wanted at a time: the newest base
-            return []
-        actions = self._store(anchor.header, fetched.key, fetched.data)
-        self._refresh_base()
-        return actions
-
-    def _on_proposed_body(self, fetched: Fetched) -> list[Action]:
-        for tally in self._tallies.values():
-            if fetched.data is None:
-                tally.refused.add(fetched.key)
-            else:
+        actions, fetched = self._library.on_answer(event, self._state, now)
+        self._follow_base(self._state)
+        for tally in self._tallies.values() if fetched is not None else ():
+            if fetched is not None and fetched.data is not None:
                 tally.keep_body(fetched.key, fetched.data)
-        return []
+            elif fetched is not None:
+                tally.refused.add(fetched.key)
+        return actions
 
     def _serve(self, event: Incoming) -> list[Action]:
         request = parse_request(event.payload)
         if request is None or request.kind not in (BODY, ANCHORED, CERTIFICATE):
             return []  # others answer other kinds; what is malformed gets no answer
-        data = self._bodies.get(request.key)
+        data = self._library.get(request.key)
         if request.kind == CERTIFICATE:
             certificate = self._pool.by_hash(request.key)
             data = encode(certificate) if certificate is not None else None
         for tally in self._tallies.values():
             data = data or tally.bodies.get(request.key)
         return [Reply(event.call_id, page_of(data, request.offset))]
-
-    def _keep(self, digest: bytes, data: bytes) -> None:
-        self._bodies[digest] = data
-        while len(self._bodies) > BODIES_KEPT:
-            del self._bodies[next(iter(self._bodies))]
 
     def _restore(self, data: bytes) -> None:
         try:
@@ -384,15 +324,6 @@ class EpochMachine:
     def _grace_slot(self, ended: State) -> int:
         """What was known in this slot or before, a proposer must have known too."""
         return last_slot_of(ended.epoch, ended.params) - ended.params.certificate_grace_slots
-
-
-def _parse_body(data: bytes | None) -> EpochBody | None:
-    if data is None:
-        return None
-    try:
-        return decode(EpochBody, data)
-    except DecodeError:
-        return None
 
 
 def _refusal(header: EpochHeader, problem: str) -> Note:
