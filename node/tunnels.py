@@ -68,6 +68,10 @@ class TunnelServer:
 
     async def _serve_tcp(self, stream: MeshStream, opening: TunnelOpen) -> None:
         status = await self._runtime.status(opening.order_id.hex())
+        if opening.port == 0:  # a witness asks about a program without a port
+            running = status is not None and status.phase == "running"
+            await stream.send_frame(encode(TunnelReply(int(running), "" if running else "the container does not run")))
+            return
         address = status.address(opening.port) if status is not None else None
         if address is None:
             await stream.send_frame(encode(TunnelReply(0, f"the container has no port {opening.port}")))

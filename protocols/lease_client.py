@@ -1,7 +1,7 @@
-"""The client's side of leases: hand over the workload, follow the lease, give up when the worker is lost (role client).
+"""The client's side of leases: hand over the workload, follow the lease, give up when the worker is lost.
 
-What was ordered is stored before the order is placed, and how far its lease has come with every change, so that a client
-that dies after paying goes on where it was.
+What was ordered is stored before the order is placed, and how far its lease has come with every change, so that a
+client that dies after paying goes on where it was.
 """
 
 from __future__ import annotations
@@ -259,7 +259,7 @@ class LeaseClientMachine:
         if told.state == ENDED:
             actions = self._end(lease, told.outcome, told.reason, told.text)
             # Only the time that is over was used up; for all else the rest of the money comes back.
-            lease.to_cancel = bool(actions) and told.outcome != EXPIRED
+            lease.to_cancel = lease.to_cancel or (bool(actions) and told.outcome != EXPIRED)
             return [*actions, *(self._compare(lease, self._state) if self._state is not None else [])]
         return self._deploying(lease) if told.state >= DEPLOYING else []
 
@@ -306,7 +306,7 @@ class LeaseClientMachine:
 
     def _wake(self, now: float) -> list[Action]:
         actions: list[Action] = []
-        for lease in self._leases.values() if self._live else ():
+        for lease in list(self._leases.values()) if self._live else ():
             if lease.deliver_at is not None and lease.deliver_at <= now:
                 actions += self._deliver(lease)
             if lease.state < RUNNING and lease.give_up_at <= now:
