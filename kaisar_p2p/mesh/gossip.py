@@ -71,6 +71,7 @@ class _Link:
         self.bytes_bucket = TokenBucket(limits.bytes_per_s, limits.bytes_burst, now)
         self.inbound_streams = 0
         self.sending: trio.CancelScope | None = None
+        self.stream: MuxedStream | None = None  # open and announced
         self.dropped = 0
         self._limits = limits
         self._control: deque[bytes] = deque()
@@ -79,7 +80,9 @@ class _Link:
         self._filled = trio.Event()
 
     def push(self, frame: bytes) -> None:
-        """Queue a message."""
+        """Send a message, or queue it when that would have to wait."""
+        if not self._messages and not self._control and self.stream is not None and self.stream.write_nowait(frame):
+            return
         self._messages.append(frame)
         self._message_bytes += len(frame)
         while len(self._messages) > self._limits.outbound_frames or self._message_bytes > self._limits.outbound_bytes:
@@ -250,17 +253,19 @@ class Gossip:
                 await confirm(stream, PROTOCOL)
             self._announce(link)
             async with trio.open_nursery() as nursery:
-                link.sending = nursery.cancel_scope
+                link.sending, link.stream = nursery.cancel_scope, stream
                 nursery.start_soon(self._cancel_at_end, stream, nursery.cancel_scope)
                 await self._write_batches(connection, stream, link)
                 nursery.cancel_scope.cancel()
         finally:
-            link.sending = None
+            link.sending = link.stream = None
             stream.reset_nowait()
 
     async def _write_batches(self, connection: Connection, stream: MuxedStream, link: _Link) -> None:
         while True:
             batch = await link.next_batch()
+            if stream.write_nowait(batch):
+                continue
             try:
                 with trio.fail_after(self._limits.send_stall_s):
                     await stream.write(batch)

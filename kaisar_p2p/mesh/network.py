@@ -38,6 +38,7 @@ from libp2p.host.ping import ID as PING_ID  # isort: skip
 from libp2p.host.ping import PingService  # isort: skip
 from libp2p.identity.identify.identify import ID as IDENTIFY_ID  # isort: skip
 from libp2p.identity.identify.identify import identify_handler_for  # isort: skip
+from libp2p.io.exceptions import ConnectionClosedError  # isort: skip
 from libp2p.io.trio import TrioTCPStream  # isort: skip
 from libp2p.network.config import ConnectionConfig  # isort: skip
 from libp2p.network.connection.raw_connection import RawConnection  # isort: skip
@@ -63,7 +64,21 @@ StreamHandler = Callable[["Connection", MuxedStream], Awaitable[None]]
 
 
 class TcpStream(TrioTCPStream):
-    """The library's TCP stream with an answer for IPv6, and whose close never blocks."""
+    """The library's TCP stream with an answer for IPv6, and without its two locks: a session has one reader, one writer."""
+
+    async def read(self, n: int | None = None) -> bytes:
+        """Some bytes, b"" at the end; raises ConnectionClosedError."""
+        try:
+            return bytes(await self.stream.receive_some(n))
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise ConnectionClosedError(f"the TCP connection broke: {error}") from None
+
+    async def write(self, data: bytes) -> None:
+        """Send all of `data`; raises ConnectionClosedError."""
+        try:
+            await self.stream.send_all(data)
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise ConnectionClosedError(f"the TCP connection broke: {error}") from None
 
     def get_remote_address(self) -> tuple[str, int] | None:
         """Address and port of the peer."""

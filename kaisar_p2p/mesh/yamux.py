@@ -123,7 +123,12 @@ class MuxedStream(IMuxedStream):
 
     async def write(self, data: bytes | bytearray | memoryview) -> None:
         """Send all of `data`, waiting for the peer's window; raises MuxedStreamError when the stream is over."""
-        async with self._write_lock:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        try:
+            self._write_lock.acquire_nowait()  # the awaited form gives way to other tasks even when it is free
+        except trio.WouldBlock:
+            await self._write_lock.acquire()
+        try:
             view = memoryview(bytes(data))
             while view:
                 self._check_writable()
@@ -136,6 +141,22 @@ class MuxedStream(IMuxedStream):
                 view = view[size:]
                 await self._connection.drained()
             self._check_writable()
+        finally:
+            self._write_lock.release()
+
+    def write_nowait(self, data: bytes) -> bool:
+        """Send all of `data` if that needs no waiting; False, and nothing sent, otherwise."""
+        size = len(data)
+        if (
+            size > min(self._allowance, _FRAME_BYTES)
+            or self._closed
+            or self._connection.congested
+            or self._write_lock.locked()
+        ):
+            return False
+        self._allowance -= size
+        self._connection.enqueue(_HEADER.pack(0, _DATA, 0, self.stream_id, size), data)
+        return True
 
     def _check_writable(self) -> None:
         if self._was_reset:
@@ -396,11 +417,17 @@ class Muxer(IMuxedConn):
         """Queue bytes for the writer task."""
         if self._ended:
             return
-        self._queue.extend(parts)
-        self._queued_bytes += sum(len(part) for part in parts)
+        for part in parts:
+            self._queue.append(part)
+            self._queued_bytes += len(part)
         if self._queue_filled is not None:
             self._queue_filled.set()
             self._queue_filled = None
+
+    @property
+    def congested(self) -> bool:
+        """More than enough is queued, or the connection has ended."""
+        return self._queued_bytes > _QUEUED_BYTES or self._ended
 
     async def drained(self) -> None:
         """Wait while more than enough is queued."""
