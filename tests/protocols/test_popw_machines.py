@@ -9,6 +9,8 @@ from hashlib import sha256
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from immutables import Map
 
 from kaisar_p2p.hardware.prove import NumpyBackend
@@ -29,8 +31,8 @@ from protocols.machine import Machine
 from protocols.params import DEMO
 from protocols.popw import BADJOB, LATE, NO_COMMIT, PASS, SILENT, WRONG, Challenge, Vote
 from protocols.popw_seat import SeatMachine, Stage
-from protocols.popw_worker import NOTHING, WorkerCheckMachine, WorkerFaults
-from protocols.quorum import CoreVote, QuorumCertificate, ReadyCore, VerdictCore
+from protocols.popw_worker import WorkerCheckMachine, WorkerFaults
+from protocols.quorum import QuorumCertificate, VerdictCore
 
 NETWORK = sha256(b"test network").digest()
 PARAMS = replace(DEMO, job_n=64, job_k=64, job_tile=32, standby_check_permille=1000)
@@ -103,7 +105,8 @@ class Swarm:
     def run(self, seconds: float = 60.0) -> None:
         end = self.now + seconds
         while True:
-            wakes = [(m.deadline, key) for key, n in self.nodes.items() for m in n.machines if m.deadline is not None]
+            alive = [(key, each) for key, node in self.nodes.items() if key not in self.dead for each in node.machines]
+            wakes = [(machine.deadline, key) for key, machine in alive if machine.deadline is not None]
             wake = min(wakes, default=(float("inf"), b""))
             head = self._queue[0][0] if self._queue else float("inf")
             at = min(wake[0], head)
@@ -437,11 +440,6 @@ def test_a_seat_with_two_challenges_is_caught_once() -> None:
 # ── one machine at a time: whatever comes in, nothing is raised and nothing is signed twice ──────────────────────────
 
 
-def incoming(swarm: Swarm, key: bytes, peer: bytes, protocol: str, payload: bytes) -> list[do.Action]:
-    event = do.Incoming(10**6, peer, protocol, payload, swarm.now)
-    return [action for machine in swarm.nodes[key].machines for action in machine.step(event, swarm.now)]
-
-
 def test_a_restarted_seat_neither_challenges_nor_votes_again() -> None:
     swarm, state = swarm_of(), state_at()
     swarm.start_slot(state)
@@ -492,73 +490,6 @@ def test_a_failed_computation_is_no_opinion() -> None:
     assert isinstance(note, do.Note) and check.stage is Stage.DROPPED
 
 
-def test_malformed_challenges_are_refused() -> None:
-    swarm, state = swarm_of(), state_at()
-    swarm.step(WORKER.public_key, do.BlockApplied(state, (SlotStarted(SLOT),)))
-    committee = check_committee(state, SLOT, WORKER.public_key)
-    assert committee is not None
-    by_key = {seat.public_key: seat for seat in SEATS}
-    holder = by_key[committee.seats[0]]
-    good = Challenge(PARAMS.epoch_of_slot(SLOT), SLOT, WORKER.public_key, 0, bytes(32))
-    sealed = seal(good, holder, NETWORK)
-    stranger = keys_of("stranger")
-    cases = [
-        (holder, b""),
-        (holder, b"\xc1" * 40),
-        (holder, sealed[:-1]),
-        (holder, sealed + bytes(20_000)),
-        (holder, sealed[:-1] + bytes([sealed[-1] ^ 1])),
-        (holder, seal(good, holder, bytes(32))),
-        (holder, seal(replace(good, epoch=good.epoch + 1), holder, NETWORK)),
-        (holder, seal(replace(good, slot=SLOT - 3), holder, NETWORK)),
-        (holder, seal(replace(good, slot=SLOT + 50), holder, NETWORK)),
-        (holder, seal(replace(good, seat=1), holder, NETWORK)),
-        (holder, seal(replace(good, seat=60), holder, NETWORK)),
-        (holder, seal(replace(good, worker=bytes(32)), holder, NETWORK)),
-        (stranger, seal(good, stranger, NETWORK)),
-        (stranger, sealed),
-        (stranger, seal(replace(good, slot=SLOT + 1), stranger, NETWORK)),
-    ]
-    for peer, payload in cases:
-        actions = incoming(swarm, WORKER.public_key, peer.public_key, popw.CHALLENGE_PROTOCOL, payload)
-        assert actions == [do.Reply(10**6, NOTHING)]
-    assert incoming(swarm, WORKER.public_key, holder.public_key, popw.CHALLENGE_PROTOCOL, sealed) == []
-
-
-def test_malformed_votes_are_refused_and_foreign_ones_left_alone() -> None:
-    swarm, state = swarm_of(), state_at()
-    swarm.start_slot(state)
-    swarm.run()
-    by_key = {seat.public_key: seat for seat in SEATS}
-    target, voter = order_of(state)[3], by_key[order_of(state)[4]]
-    machine = swarm.nodes[voter.public_key].machines[0]
-    assert isinstance(machine, SeatMachine)
-    payload = machine.checks[0].vote
-    vote = decode(Vote, payload)
-    unsigned = replace(vote, core=replace(vote.core, verdict=LATE))
-    cases = [
-        b"",
-        b"\x95\x19",
-        payload[:-1],
-        payload + bytes(2000),
-        payload[:-1] + bytes([payload[-1] ^ 1]),
-        encode(unsigned),
-        encode(replace(vote, core=replace(vote.core, slot=SLOT + 1))),
-        encode(replace(vote, core=replace(vote.core, verdict=9))),
-        encode(replace(vote, core=replace(vote.core, commit=bytes(32)))),
-        encode(replace(vote, private=replace(vote.private, seat=63))),
-        encode(replace(vote, private=replace(vote.private, vrf_proof=b""))),
-        encode(replace(vote, private=replace(vote.private, elapsed_ms=1))),
-    ]
-    for case in cases:
-        actions = incoming(swarm, target, voter.public_key, popw.VOTE_PROTOCOL, case)
-        assert actions == [do.Reply(10**6, b"\x00")]
-    assert incoming(swarm, target, target, popw.VOTE_PROTOCOL, payload) == [do.Reply(10**6, b"\x00")]
-    assert incoming(swarm, target, voter.public_key, popw.VOTE_PROTOCOL, payload) == [do.Reply(10**6, b"\x01")]
-    foreign = encode(CoreVote(ReadyCore(bytes(32), bytes(32)), 0, bytes(64)))
-    assert incoming(swarm, target, voter.public_key, popw.VOTE_PROTOCOL, foreign) == []
-
-
 @pytest.mark.parametrize("payload", [b"", b"\xff" * 100, bytes(100_000)])
 @pytest.mark.parametrize("frame", [1, 2])
 def test_an_unusable_answer_is_no_answer(payload: bytes, frame: int) -> None:
@@ -591,3 +522,34 @@ def test_events_of_other_machines_are_ignored() -> None:
     for event in events:
         assert machine.step(event, 0.0) == []
         assert worker.step(event, 0.0) == []
+
+
+# ── whatever the network does ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@given(
+    offsets=st.lists(st.floats(0.0, 3.0), min_size=8, max_size=8),
+    deaths=st.dictionaries(st.integers(0, 7), st.floats(0.0, 1.5), max_size=3),
+    wrong_tiles=st.sampled_from([0, 0, 1, 4]),
+    delay_s=st.sampled_from([0.0, 0.0, 5.0, 7.0]),
+)
+def test_no_two_verdicts_and_no_evidence_against_the_honest(
+    offsets: list[float], deaths: dict[int, float], wrong_tiles: int, delay_s: float
+) -> None:
+    """Nodes start late, die at any time, and the worker may cheat: at most one verdict, and only cheats are accused."""
+    swarm, state = swarm_of(WorkerFaults(wrong_tiles, delay_s)), state_at()
+    everybody = [*(seat.public_key for seat in SEATS), WORKER.public_key]
+    swarm.start_slot(state, dict(zip(everybody, offsets, strict=True)))
+    for who, at in sorted(deaths.items(), key=lambda death: death[1]):
+        swarm.run(max(0.0, at - (swarm.now - 1_000_000.0)))
+        swarm.dead.add(everybody[who])
+    swarm.run()
+    assert len({certificate.core for certificate in swarm.certificates()}) <= 1
+    accused = {
+        proofs.verify_evidence(decode(proofs.WrongResult, each), proofs.context_of(state))
+        for each in swarm.topic("evidence")
+    }
+    assert accused <= ({WORKER.public_key} if wrong_tiles else set())
+    punctual = max(offsets) < 0.5 and not deaths
+    if punctual and not delay_s:
+        assert verdict_of(swarm, state) == (WRONG if wrong_tiles == 4 else PASS) or wrong_tiles == 1
