@@ -25,6 +25,7 @@ from typing import Any
 ABSENT_OR_UNUSED: dict[str, str] = {
     "fastecdsa": "P-256 keys; a source package that may be absent",
     "coincurve": "secp256k1 keys",
+    "Crypto": "RSA keys",
     "OpenSSL": "TLS transport",
     "service_identity": "TLS transport",
     "aioquic": "QUIC transport",
@@ -41,11 +42,11 @@ ABSENT_OR_UNUSED: dict[str, str] = {
     "requests": "ACME certificates",
     "httpx": "ACME certificates",
     "cbor2": "bitswap",
-    "blake3": "a hash of bitswap blocks",
     "libp2p.bitswap": "block exchange",
     "libp2p.kad_dht": "DHT",
     "libp2p.discovery": "mDNS, UPnP and the library's bootstrap; kaisar_p2p.mesh.discovery replaces them",
     "libp2p.peer.persistent": "peerstores on disk",
+    "libp2p.relay": "relays, until the mesh uses them",
     "libp2p.security.secio": "obsolete security transport",
     "libp2p.security.tls": "TLS security transport",
     "libp2p.transport.quic": "QUIC transport",
@@ -56,7 +57,13 @@ ABSENT_OR_UNUSED: dict[str, str] = {
 
 
 class _Unused(type):
-    """Classes of a stand-in: fit for annotations, `except` and base classes, not for use."""
+    """Classes of a stand-in: fit for annotations, `except` and base classes. Using one raises.
+
+    That matters where a stand-in replaces cryptography: a check that silently did nothing would pass.
+    """
+
+    def __call__(cls, *_args: Any, **_options: Any) -> Any:
+        raise NotImplementedError(f"{cls.__name__}: this part of libp2p is not used here, see {__name__}")
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
@@ -75,7 +82,7 @@ class _StandIn(types.ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         base = Exception if name.endswith(("Error", "Exception", "Timeout")) else object
-        unused = _Unused(name, (base,), {"__init__": lambda _self, *_args, **_options: None})
+        unused = _Unused(name, (base,), {"__module__": self.__name__})
         setattr(self, name, unused)
         return unused
 

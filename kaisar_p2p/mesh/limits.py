@@ -20,8 +20,8 @@ class MeshLimits:
     bytes_burst: int = 16 * 1024 * 1024
     request_bytes: int = 4 * 1024 * 1024  # upper bound of any frame limit that a caller may ask for
     streams_per_connection: int = 64  # that a peer may have open towards us
-    opens_per_s: float = 100.0  # streams that a peer may open, sustained
-    opens_burst: int = 400
+    opens_per_s: float = 300.0  # streams that a peer may open, sustained
+    opens_burst: int = 600
     connections: int = 160
     connections_per_address: int = 64
     handshakes: int = 32  # unauthenticated connections at a time

@@ -177,3 +177,15 @@ def test_libp2p_imports_without_fastecdsa_and_without_its_unused_parts() -> None
         "from libp2p.crypto.ed25519 import create_new_key_pair; create_new_key_pair()"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_a_stand_in_refuses_to_be_used_and_late_imports_get_the_real_thing() -> None:
+    """An RSA or secp256k1 peer must fail the handshake, not pass it because a stand-in says yes to everything."""
+    script = (
+        "import kaisar_p2p.mesh, pytest;"
+        "from libp2p.crypto.rsa import RSAPublicKey; from libp2p.crypto.secp256k1 import Secp256k1PublicKey;"
+        "pytest.raises(NotImplementedError, RSAPublicKey.from_bytes, bytes(100));"
+        "pytest.raises(NotImplementedError, Secp256k1PublicKey.from_bytes, bytes(33));"
+        "from libp2p.relay.circuit_v2.protocol import CircuitV2Protocol; assert CircuitV2Protocol.run"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
