@@ -71,15 +71,3 @@ def observe(path: Path) -> Iterator[LedgerObserver]:
         yield observer
     finally:
         observer.close()
-
-
-def all_kai_planck(state: State) -> int:
-    """All KAI that exists, counted where it is; must equal `state.totals.issued_planck`."""
-    held = sum(
-        each.balance_planck + each.stake_planck + sum(part.amount_planck for part in each.unbonding)
-        for each in state.accounts.values()
-    )
-    bonds = sum(worker.bond_planck for worker in state.workers.values())
-    escrows = sum(order.escrow_planck for order in state.orders.values())
-    totals = state.totals
-    return held + bonds + escrows + totals.treasury_planck + totals.burnt_planck + totals.reward_pool_planck

@@ -37,13 +37,17 @@ class Running:
             return None
 
 
+def node_command(data_directory: Path) -> list[str]:
+    """The command line that runs a node: this interpreter's own `kaisar run`."""
+    return [sys.executable, "-m", "node.cli", "run", "--data-dir", str(data_directory)]
+
+
 def spawn(data_directory: Path, log: Path, swarm: Path, environment: Mapping[str, str]) -> Running:
     """Start `kaisar run` on a data directory, in a session of its own, so that Ctrl-C here does not reach it."""
-    command = [sys.executable, "-m", "node.cli", "run", "--data-dir", str(data_directory)]
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
         process = subprocess.Popen(
-            command,
+            node_command(data_directory),
             cwd=data_directory,
             env={**node_environment(os.environ, swarm), **environment},
             stdin=subprocess.DEVNULL,
@@ -103,11 +107,11 @@ def _wait(processes: list[psutil.Process], timeout_s: float) -> list[psutil.Proc
     until = time.monotonic() + timeout_s
     alive = processes
     while alive and time.monotonic() < until:
-        for process in alive:
-            if (child := _CHILDREN.get(process.pid)) is not None:
-                child.poll()
         alive = [process for process in alive if Running(process.pid, process.create_time()).process() is not None]
         time.sleep(0.02)
+    for process in processes:
+        if (child := _CHILDREN.get(process.pid)) is not None:
+            child.poll()
     return alive
 
 
@@ -131,9 +135,18 @@ def strays(swarm: Path) -> Iterator[psutil.Process]:
 
 def _is_lease(process: psutil.Process, swarm: Path) -> bool:
     where = Path(process.cwd())
-    if not where.is_relative_to(swarm / NODES) or process.terminal() is not None:
+    if not where.is_relative_to(swarm / NODES) or _has_terminal(process):
         return False
     return LEASES in where.relative_to(swarm / NODES).parts[1:2]
+
+
+def _has_terminal(process: psutil.Process) -> bool:
+    """`Process.terminal` misses terminals opened since it was first asked; the kernel has all: proc(5)."""
+    try:
+        fields = Path(f"/proc/{process.pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2]
+    except OSError:
+        return process.terminal() is not None
+    return fields.split()[4] != "0"
 
 
 def peak_memory_bytes(pid: int) -> int | None:
