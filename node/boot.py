@@ -40,7 +40,6 @@ from node.store import NodeStore
 from node.topics import Switchboard
 from node.tunnels import TunnelClient, TunnelServer
 from protocols.deploy import TUNNEL_PROTOCOL
-from protocols.interpreter import calls
 from protocols.lease_client import LeaseClientMachine
 from protocols.machine import Machine
 from protocols.onboarding import Onboarding
@@ -49,7 +48,7 @@ from protocols.presence import Presence
 log = logging.getLogger(__name__)
 
 PRUNE_EVERY_S = 600.0
-KEEP = {"body": 64, "certificate": 20_000, "workload": 1_000, "lease": 1_000, "order": 1_000}
+KEEP = {"body": 64, "certificate": 20_000, "workload": 1_000, "lease": 1_000, "order": 1_000, "watch": 1_000}
 
 
 def unlock_keys(config: Config, passphrase: str | None) -> tuple[MachineKey, Wallet]:
@@ -154,7 +153,7 @@ def _assemble(
         effects=effects,
         tunnels=tunnels,
         runtime=runtime,
-        lease_client=LeaseClientMachine(keys.key_pair, store.items("order"), store.items("workload")),
+        lease_client=LeaseClientMachine(keys.key_pair, chain.ledger.network, store.items("order")),
         started_at=clock.now(),
     )
 
@@ -168,18 +167,16 @@ def _machines(node: Node, hardware: Hardware) -> tuple[list[Machine], Registrati
         network=node.chain.ledger.network,
         store=node.store,
         entropy=secrets.token_bytes,
-        spec=spec,
-        max_leases=node.config.provider.max_leases,
+        runtime=node.runtime.name if node.runtime is not None else "",
         wrong_tiles=_fault("wrong_tiles"),
     )
-    mask = roles_mask(roles) or calls.CLIENT
+    mask = roles_mask(roles)
     announce = "bootstrap" in roles
     onboarding = Onboarding(
         keys, owner, mask, spec, node.config.provider.price_planck_per_hour, node.mesh.addrs, announce
     )
     onboarding.hold = "provider" in roles
-    runtime_name = node.runtime.name if node.runtime is not None else ""
-    presence = Presence(keys, owner, mask, lambda: node.mesh.addrs, runtime_name)
+    presence = Presence(keys, owner, mask, lambda: node.mesh.addrs, context.runtime)
     machines: list[Machine] = [
         PeerKeeper(node.mesh, node.config.network.join), node.index, presence, onboarding, node.lease_client
     ]  # fmt: skip

@@ -118,7 +118,7 @@ async def _take(node: Node, offer: Verified[Offer], request: PlaceOrder, spec: O
             f"the order costs {planck_to_kai(total)} KAI, the balance is {planck_to_kai(account.balance_planck)} KAI",
             hint="shorten it, pay with points (--points), or send KAI to this wallet",
         )
-    await node.remember_workload(request.workload)
+    await node.effects.perform(node.lease_client.prepare(offer, spec, request.workload), node.clock.now())
     result = await node.call(call)
     if result.reason:
         raise OrderRefused(f"the ledger refused the order: {result.reason}", hint="nothing was locked; try again")

@@ -25,7 +25,7 @@ class PeerKeeper:
         self._mesh = mesh
         self._records: Map[bytes, tuple[str, ...]] | None = None
         for addr in join:
-            mesh.keep_connected(peer_of(addr), (addr,))
+            mesh.keep_connected(peer_of(addr)[0], (addr,))
 
     def step(self, event: Event, now: float) -> list[Action]:
         """New bootstrap records and adverts."""

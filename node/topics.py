@@ -20,7 +20,7 @@ from node.inbox import Inbox, Lane
 from protocols.actions import Gossip
 from protocols.adverts import validate_advert, validate_heartbeat
 from protocols.deploy import validate_lease
-from protocols.epochs import validate_epoch
+from protocols.epoch_gossip import validate_epoch
 from protocols.equivocation import validate_evidence
 from protocols.interpreter.state import State
 from protocols.popw import validate_assignment, validate_certificate

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from kaisar_p2p.wire.crypto import KeyPair
 from node.store import NodeStore
-from protocols.adverts import Spec
 from protocols.interpreter import calls
 from protocols.machine import Machine
 
@@ -26,15 +25,14 @@ class Served:
 
 @dataclass(frozen=True)
 class RoleContext:
-    """What a role may build its machines from."""
+    """What a role may build its machines from. `wrong_tiles` makes a provider cheat, for networks of adversaries."""
 
     keys: KeyPair
     owner: bytes
     network: bytes
     store: NodeStore
     entropy: Callable[[int], bytes]
-    spec: Spec | None
-    max_leases: int
+    runtime: str
     wrong_tiles: int = 0
 
 
@@ -47,5 +45,5 @@ class Role:
 
 
 def roles_mask(roles: tuple[str, ...]) -> int:
-    """The bit set that is bound on the ledger."""
-    return sum(ROLE_BITS.get(role, 0) for role in roles)
+    """The bit set that is bound on the ledger; a node that only watches or introduces peers is bound as a client."""
+    return sum(ROLE_BITS.get(role, 0) for role in roles) or calls.CLIENT
