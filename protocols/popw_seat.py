@@ -171,6 +171,8 @@ class SeatMachine:
             case Gossip(topic=topic, message=QuorumCertificate() as certificate) if topic == CERTIFICATE_TOPIC:
                 self._certified(certificate)
                 return []
+            case Gossip(topic=topic, message=WrongResult() as wrong) if topic == EVIDENCE_TOPIC:
+                return self._proven_wrong(wrong)
             case Wake():
                 return self._wake(now)
             case _:
@@ -317,7 +319,8 @@ class SeatMachine:
             "evidence",
             (("kind", "wrong result"), ("offender", check.due.worker.hex()), ("slot", check.challenge.slot)),
         )
-        return [Publish(EVIDENCE_TOPIC, encode(wrong)), note]
+        assert self._state is not None
+        return [Publish(EVIDENCE_TOPIC, encode(wrong)), note, *check.tally.found_wrong(wrong, self._state)]
 
     # ── the vote ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -380,6 +383,12 @@ class SeatMachine:
         check = self._checks.get(f"{core.slot}/{core.worker.hex()}") if isinstance(core, VerdictCore) else None
         if check is not None:
             check.tally.closed, check.patience_at = True, None
+
+    def _proven_wrong(self, wrong: WrongResult) -> list[Action]:
+        """Another seat's evidence on a check of ours; its rules hold a right commit, so it can be decoded."""
+        commit = decode(Commit, wrong.commit.body)
+        check = self._checks.get(f"{commit.slot}/{commit.worker.hex()}")
+        return check.tally.found_wrong(wrong, self._state) if check and self._state else []
 
     def _wake(self, now: float) -> list[Action]:
         actions: list[Action] = []
