@@ -19,7 +19,6 @@ from kaisar_p2p.hardware.prove import select_backend
 from kaisar_p2p.identity import Keystore, MachineKey, Wallet
 from kaisar_p2p.ledger import EmbeddedLedger, open_embedded
 from kaisar_p2p.mesh import Mesh, MeshConfig, open_mesh
-from kaisar_p2p.runtime import select_runtime
 from kaisar_p2p.runtime.interface import ContainerRuntime
 from node.api.server import serve_api
 from node.chain import CallSubmitter, Chain
@@ -111,6 +110,8 @@ async def _run_on_ledger(
 
 
 async def _runtime(config: Config, keys: MachineKey) -> ContainerRuntime:
+    from kaisar_p2p.runtime import select_runtime  # only providers pay for importing it
+
     base = config.data_directory / "leases"
     return await select_runtime(config.provider.runtime, base, keys.public_key.hex()[:16])
 

@@ -57,7 +57,7 @@ def sign_call(payload: bytes, nonce: int, signer: CallSigner, network: bytes) ->
         raise CallRejected(
             f"the payload has {len(payload)} bytes, the limit is {PAYLOAD_BYTES}", hint="split it into several calls"
         )
-    body = CallBody(signer.public_key, signer.scheme, nonce, payload)
+    body = CallBody(signer.public_key, int(signer.scheme), nonce, payload)
     try:
         to_sign = domain(CALL_DOMAIN, network) + encode(body)
     except ValueError as error:
