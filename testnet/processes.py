@@ -118,8 +118,8 @@ def _wait(processes: list[psutil.Process], timeout_s: float) -> list[psutil.Proc
 def strays(swarm: Path) -> Iterator[psutil.Process]:
     """Every process that belongs to the swarm, however it was started: its nodes, and what its leases run.
 
-    A node carries the mark in its environment. A lease's program runs in its directory below the provider's, without a
-    terminal, which tells it from a user who looks around there.
+    A node carries the mark in its environment. A lease's program and its keeper have to do with a directory below the
+    provider's, and no terminal, which tells them from a user who looks around there.
     """
     for process in psutil.process_iter():
         try:
@@ -134,10 +134,13 @@ def strays(swarm: Path) -> Iterator[psutil.Process]:
 
 
 def _is_lease(process: psutil.Process, swarm: Path) -> bool:
-    where = Path(process.cwd())
-    if not where.is_relative_to(swarm / NODES) or _has_terminal(process):
-        return False
-    return LEASES in where.relative_to(swarm / NODES).parts[1:2]
+    """Its directory, or a path among its arguments, lies below a node's leases."""
+    places = [process.cwd(), *(argument for argument in process.cmdline()[1:] if argument.startswith("/"))]
+    return any(_below_leases(Path(place), swarm / NODES) for place in places) and not _has_terminal(process)
+
+
+def _below_leases(place: Path, nodes: Path) -> bool:
+    return place.is_relative_to(nodes) and LEASES in place.relative_to(nodes).parts[1:2]
 
 
 def _has_terminal(process: psutil.Process) -> bool:
