@@ -1,4 +1,8 @@
-"""The bodies of anchored epochs that a node holds, and the newest of them, which the next epoch continues."""
+"""The bodies that a node holds, and the newest anchored one, which the next epoch continues.
+
+A body whose header this node signed is kept, in the node's store too, before the signature goes out: the header may be
+anchored much later, and if nobody had its body by then, no further epoch could be closed.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,15 @@ from collections.abc import Iterable
 
 from kaisar_p2p.errors import DecodeError
 from kaisar_p2p.wire.codec import decode
-from protocols.actions import Action, Answer, Note, RequestEnded, Store
+from protocols.actions import Action, Answer, RequestEnded, Store
 from protocols.epoch_body import GENESIS, Base, belongs_to
-from protocols.epoch_fetch import ANCHORED, BODY, Downloads, Fetched
+from protocols.epoch_fetch import ANCHORED, BODY, MAX_PEERS, Downloads, Fetched
 from protocols.epoch_gossip import proposers
 from protocols.epochs import EpochBody
-from protocols.interpreter.state import Anchor, State
+from protocols.interpreter.state import State
 
-BODIES_KEPT = 8
+BODIES_KEPT = 32
+QUORUMS_KEPT = 8
 STORE_KIND = "body"
 
 
@@ -35,7 +40,9 @@ class Library:
         self._network = network
         self._bodies: dict[bytes, bytes] = {}
         self._downloads = Downloads("epoch")
-        self._not_before: dict[bytes, float] = {}
+        self._not_before = 0.0
+        self._attempts = 0
+        self._quorums: list[bytes] = []
         self.base = GENESIS
         for digest, data in bodies:
             self._keep(digest, data)
@@ -46,7 +53,7 @@ class Library:
         return self.base.header is not None and self.base.body is None
 
     def get(self, digest: bytes) -> bytes | None:
-        """An anchored body by its header's hash."""
+        """A body by its header's hash."""
         return self._bodies.get(digest)
 
     def follow(self, state: State) -> bool:
@@ -61,15 +68,18 @@ class Library:
         if is_same and body is None:
             return False
         self.base = Base(anchor.header, anchor.header_hash, body)
+        self._quorums.clear()
         return True
 
-    def add(self, anchor: Anchor, data: bytes) -> list[Action]:
-        """Keep the body of an anchored header for ever, and tell the node's user."""
-        self._keep(anchor.header_hash, data)
-        header = anchor.header
-        counts = (("verdicts", header.verdicts), ("rewards", header.rewards), ("leases", header.leases))
-        note = Note("epoch anchored", (("epoch", header.epoch), *counts, ("minted_planck", str(header.minted_planck))))
-        return [Store(STORE_KIND, anchor.header_hash, data), note]
+    def hold(self, digest: bytes, data: bytes) -> list[Action]:
+        """Keep the body of a header that this node approves of, in memory and on disk."""
+        self._keep(digest, data)
+        return [Store(STORE_KIND, digest, data)]
+
+    def expect(self, digest: bytes) -> None:
+        """A quorum signed this header: its body is not dropped before an anchor decides."""
+        if digest not in self._quorums:
+            self._quorums = [*self._quorums, digest][-QUORUMS_KEPT:]
 
     # ── fetching ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -90,10 +100,10 @@ class Library:
     def fetch_anchored(self, state: State, epoch: int, now: float) -> list[Action]:
         """Ask the header's proposer, then others, for an anchored body; not sooner than a round after a failure."""
         anchor = state.anchors.get(epoch)
-        if anchor is None or now < self._not_before.get(anchor.header_hash, now):
+        if anchor is None or now < self._not_before:
             return []
         order = proposers(state, epoch) or tuple(key for key, _ in state.registries.get(state.epoch, ()))
-        start = anchor.header.round % max(1, len(order))
+        start = (anchor.header.round + self._attempts * MAX_PEERS) % max(1, len(order))
         peers = [key for key in order[start:] + order[:start] if key != self._own_key]
         return [*self._downloads.start(ANCHORED, anchor.header_hash, peers)]
 
@@ -111,12 +121,14 @@ class Library:
         anchor = next((each for each in state.anchors.values() if each.header_hash == fetched.key), None)
         body = parse_body(fetched.data)
         if anchor is None or fetched.data is None or body is None or not belongs_to(body, anchor.header, self._network):
-            # One object is wanted at a time, the newest base, so there is one time to remember.
-            self._not_before = {fetched.key: now + state.params.proposer_timeout_ms / 1000}
+            self._not_before = now + state.params.proposer_timeout_ms / 1000
+            self._attempts += 1
             return []
-        return self.add(anchor, fetched.data)
+        return self.hold(fetched.key, fetched.data)
 
     def _keep(self, digest: bytes, data: bytes) -> None:
+        self._bodies.pop(digest, None)
         self._bodies[digest] = data
-        while len(self._bodies) > BODIES_KEPT:
-            del self._bodies[next(iter(self._bodies))]
+        needed = {digest, self.base.header_hash, *self._quorums}
+        for old in [old for old in self._bodies if old not in needed][: max(0, len(self._bodies) - BODIES_KEPT)]:
+            del self._bodies[old]

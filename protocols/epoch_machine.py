@@ -136,13 +136,12 @@ class EpochMachine:
         return [Publish(TOPIC, seal(reveal, self._keys, self._network), duty)]
 
     def _on_anchored(self, state: State, epoch: int, now: float, *, live: bool) -> list[Action]:
-        anchor = state.anchors[epoch]
-        tally = self._tallies.get(epoch)
         self._tallies = {each: kept for each, kept in self._tallies.items() if each > epoch}
-        data = tally.bodies.get(anchor.header_hash) if tally is not None else None
-        if data is None:
-            return self._library.fetch_anchored(state, epoch, now) if live else []
-        return self._library.add(anchor, data)
+        anchor = state.anchors[epoch]
+        actions: list[Action] = [_anchored(anchor.header)] if live else []
+        if live and self._library.get(anchor.header_hash) is None:
+            actions += self._library.fetch_anchored(state, epoch, now)
+        return actions
 
     def _follow_base(self, state: State) -> None:
         """Build on the newest anchor, and drop what no body on top of it can hold."""
@@ -234,13 +233,12 @@ class EpochMachine:
                 order = proposers(ended.state, tally.epoch)
                 return self._library.fetch_proposed(digest, order[header.round % len(order)])
             data = encode(own)
-            tally.keep_body(digest, data)
         else:
             problem = self._problem(tally, ended, header, parse_body(data))
             if problem:
                 tally.refused.add(digest)
                 return [_refusal(header, problem)]
-        return self._vote(tally, header, digest)
+        return self._vote(tally, header, digest, data)
 
     def _problem(self, tally: Tally, ended: Ended, header: EpochHeader, body: EpochBody | None) -> str:
         if body is None:
@@ -253,19 +251,21 @@ class EpochMachine:
         )
         return check_body(header, body, ended.state, self._library.base, ended.state_root, known)
 
-    def _vote(self, tally: Tally, header: EpochHeader, digest: bytes) -> list[Action]:
+    def _vote(self, tally: Tally, header: EpochHeader, digest: bytes, data: bytes) -> list[Action]:
         tally.voted_round = header.round
+        actions = self._library.hold(digest, data)
         if self._state is None or not self._is_member(self._state, header.epoch):
-            return []
+            return actions
         vote = HeaderVote(header.epoch, header.round, digest)
         duty = Duty(f"epoch/{header.epoch}/{header.round}", digest)
-        return [Publish(TOPIC, seal(vote, self._keys, self._network), duty)]
+        return [*actions, Publish(TOPIC, seal(vote, self._keys, self._network), duty)]
 
     def _submit(self, tally: Tally, ended: Ended, now: float) -> list[Action]:
         for round_ in sorted(tally.changed_rounds):
             if tally.quorum is None or round_ > tally.quorum.header.round:
                 quorum = tally.find_quorum(ended.state.registries.get(tally.epoch, ()), round_)
                 if quorum is not None:
+                    self._library.expect(quorum.header_hash)
                     tally.quorum, tally.submit_at = quorum, self._submission_time(ended, quorum, now)
         tally.changed_rounds.clear()
         if tally.quorum is None or tally.submit_at is None or now < tally.submit_at:
@@ -324,6 +324,11 @@ class EpochMachine:
     def _grace_slot(self, ended: State) -> int:
         """What was known in this slot or before, a proposer must have known too."""
         return last_slot_of(ended.epoch, ended.params) - ended.params.certificate_grace_slots
+
+
+def _anchored(header: EpochHeader) -> Note:
+    counts = (("verdicts", header.verdicts), ("rewards", header.rewards), ("leases", header.leases))
+    return Note("epoch anchored", (("epoch", header.epoch), *counts, ("minted_planck", str(header.minted_planck))))
 
 
 def _refusal(header: EpochHeader, problem: str) -> Note:

@@ -556,6 +556,37 @@ def test_a_node_that_was_away_gets_the_body_of_what_was_anchored() -> None:
     assert ("body", swarm.state.anchors[2].header_hash) in node.items
 
 
+@pytest.mark.parametrize("restarts", [False, True])
+def test_an_anchor_that_comes_after_the_next_epoch_has_ended_is_built_upon(restarts: bool) -> None:
+    swarm = Swarm()
+    swarm.until_anchored(1)
+    away = list(swarm.nodes.values())[3]
+    held: list[bytes] = []
+
+    def hold(action: do.Action) -> do.Action | None:
+        if not isinstance(action, do.Submit) or action.key != "anchor/2":
+            return action
+        held.append(action.payload)
+        return None
+
+    for node in swarm.nodes.values():
+        node.change = hold
+    swarm.until_end_of(2)
+    away.hears = lambda topic, payload: False
+    swarm.until_end_of(3)
+    away.hears = lambda topic, payload: True
+    assert not swarm.anchored(2)
+    for node in swarm.nodes.values() if restarts else ():
+        swarm.restart(node)  # all at once: what they had signed for is on their disks only
+    swarm._pending.append((account_of("provider"), held[0]))
+    swarm.until_anchored(3)
+    assert swarm.anchored(2)
+    assert swarm.state.anchors[3].header.previous == swarm.state.anchors[2].header_hash
+    swarm.run_for(2.0)
+    bodies = {digest for kind, digest in away.items if kind == "body"}
+    assert {swarm.state.anchors[epoch].header_hash for epoch in (2, 3)} <= bodies
+
+
 def test_one_checker_alone_closes_epochs() -> None:
     swarm = Swarm(count=1)
     swarm.until_anchored(2)
