@@ -1,4 +1,4 @@
-"""The main job: the demo's times, bytes and memory from a run of its own, with the proof and vote figures beside them."""
+"""The main job: the demo's times, bytes and memory from a run of its own, proof and vote figures beside them."""
 
 from __future__ import annotations
 
