@@ -15,6 +15,8 @@ from protocols.interpreter.audit import state_root
 from protocols.interpreter.state import Registry, State
 
 BODIES_KEPT = 8
+MASK_BITS = 256
+"""Members that a certificate's mask can name."""
 
 
 @dataclass(frozen=True)
@@ -124,11 +126,11 @@ class Tally:
         ballots = self._votes.get(round_, {})
         agreeing = [
             (index, stake, ballots[key][1])
-            for index, (key, stake) in enumerate(registry)
+            for index, (key, stake) in enumerate(registry[:MASK_BITS])
             if key in ballots and ballots[key][0] == digest
         ]
         if not is_supermajority(sum(stake for _, stake, _ in agreeing), sum(stake for _, stake in registry)):
             return None
         bits = sum(1 << index for index, _, _ in agreeing)
-        mask = bits.to_bytes((len(registry) + 7) // 8, "little")
+        mask = bits.to_bytes((min(len(registry), MASK_BITS) + 7) // 8, "little")
         return Quorum(header, digest, EpochCertificate(mask, tuple(signature for _, _, signature in agreeing)))
