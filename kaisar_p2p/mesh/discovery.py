@@ -169,7 +169,8 @@ class Discovery:
         return [connection for connection in found if connection is not None]
 
     async def _search_loop(self) -> None:
-        """Dial known peers while there are fewer connections than wanted."""
+        """Dial known peers while there are fewer connections than wanted; ask for more when none is left to try."""
+        asking, next_question = Backoff(self._rng), 0.0
         while True:
             connected, wanted = len(self._network.connected_keys()), self._limits.target_peers
             await trio.sleep(self._rng.uniform(0.5, 1.5) * (_SEARCH_S if 2 * connected >= wanted else _SEARCH_S / 4))
@@ -177,7 +178,12 @@ class Discovery:
                 continue
             key = self._next_candidate()
             if key is not None:
+                asking.reset()
                 await self._try(key)
+            elif trio.current_time() >= next_question:
+                next_question = trio.current_time() + asking.next_s()
+                for connection in self._sample_connections(1):
+                    await self._exchange(connection, None)
 
     def _next_candidate(self) -> bytes | None:
         now = trio.current_time()

@@ -64,7 +64,7 @@ StreamHandler = Callable[["Connection", MuxedStream], Awaitable[None]]
 
 
 class TcpStream(TrioTCPStream):
-    """The library's TCP stream with an answer for IPv6, and without its two locks: a session has one reader, one writer."""
+    """The library's TCP stream, with an answer for IPv6 and without its locks: a session has one reader, one writer."""
 
     async def read(self, n: int | None = None) -> bytes:
         """Some bytes, b"" at the end; raises ConnectionClosedError."""
