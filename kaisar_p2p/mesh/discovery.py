@@ -273,12 +273,16 @@ class Discovery:
 
     def _settle(self, newest: Connection) -> None:
         """Keep one connection per process of a peer, the same on both sides; tell when two processes use one key."""
-        others = [c for c in self._network.connections_with(newest.key) if c is not newest and c.instance is not None]
+        others = [
+            connection
+            for connection in self._network.connections_with(newest.key)
+            if connection is not newest and connection.instance is not None and not connection.retired
+        ]
         for other in others:
             if other.instance == newest.instance:
                 surplus = self._surplus(other, newest)
                 if self._nursery is not None:
-                    self._nursery.start_soon(surplus.close)
+                    self._nursery.start_soon(self._network.retire, surplus)
             elif newest.key not in self._warned:
                 self._warned.add(newest.key)
                 log.warning(

@@ -218,13 +218,18 @@ class Gossip:
         """Start writing to a peer, if that has not started."""
         key = connection.key
         if key in self._links:
-            if (sending := self._links[key].sending) is not None:
-                sending.cancel()  # the newest connection is the one that is surely alive
+            self.reroute(connection)  # the newest connection is the one that is surely alive
             return
         assert self._nursery is not None
         link = self._links[key] = _Link(self._limits, trio.current_time())
         self._router.add_peer(key, outbound=not connection.inbound)
         self._nursery.start_soon(self._send_to, key, link)
+
+    def reroute(self, connection: Connection) -> None:
+        """Another connection with the peer of this one is to be written to."""
+        link = self._links.get(connection.key)
+        if link is not None and link.sending is not None:
+            link.sending.cancel()
 
     async def _send_to(self, key: bytes, link: _Link) -> None:
         """Write to a peer for as long as there is a connection, over its newest one."""
@@ -360,10 +365,12 @@ class Gossip:
         arguments = (published.data, sender, published.author, received_at)
         try:
             if subscription.heavy:
-                return await trio.to_thread.run_sync(
+                verdict, reason = await trio.to_thread.run_sync(
                     subscription.validate, *arguments, limiter=self._worker, abandon_on_cancel=True
                 )
-            return subscription.validate(*arguments)
+            else:
+                verdict, reason = subscription.validate(*arguments)
+            return verdict, reason
         except Exception:  # the edge: a bug of ours must not be held against the sender
             log.exception("the validator of topic %s failed", subscription.name)
             return Verdict.IGNORE, "validator failed"

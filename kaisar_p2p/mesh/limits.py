@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass, field
 
 
@@ -87,3 +88,21 @@ class TokenBucket:
     def _refill(self, now: float) -> None:
         self._tokens = min(self._burst, self._tokens + max(0.0, now - self._updated) * self._rate_per_s)
         self._updated = now
+
+
+class PeerBuckets:
+    """A token bucket for each peer; those of the peers heard of least recently are forgotten."""
+
+    def __init__(self, rate_per_s: float, burst: float, *, peers: int = 4096) -> None:
+        self._rate_per_s, self._burst, self._peers = rate_per_s, burst, peers
+        self._buckets: OrderedDict[bytes, TokenBucket] = OrderedDict()
+
+    def try_take(self, peer: bytes, now: float) -> bool:
+        """Take one token of this peer if it has one."""
+        bucket = self._buckets.get(peer)
+        if bucket is None:
+            bucket = self._buckets[peer] = TokenBucket(self._rate_per_s, self._burst, now)
+            if len(self._buckets) > self._peers:
+                self._buckets.popitem(last=False)
+        self._buckets.move_to_end(peer)
+        return bucket.try_take(1, now)

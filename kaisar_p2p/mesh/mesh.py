@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import secrets
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from kaisar_p2p.mesh.addresses import Address, AddressBook, local_addresses, par
 from kaisar_p2p.mesh.discovery import Discovery
 from kaisar_p2p.mesh.gossip import Gossip, GossipMessage, Validator
 from kaisar_p2p.mesh.ids import key_pair_of
-from kaisar_p2p.mesh.limits import MeshConfig, TokenBucket
+from kaisar_p2p.mesh.limits import MeshConfig, PeerBuckets
 from kaisar_p2p.mesh.negotiation import confirm, proposal
 from kaisar_p2p.mesh.network import Connection, Host, Network
 from kaisar_p2p.mesh.reputation import Reputation
@@ -31,7 +31,8 @@ from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamErro
 
 log = logging.getLogger(__name__)
 
-_BUCKETS = 4096
+_GOODBYE_S = 0.5
+_EXCHANGES_PER_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -71,17 +72,12 @@ class _Service:
     handler: Callable[[MeshStream], Awaitable[None]]
     max_frame_bytes: int
     per_peer: int
-    rate_per_s: float
+    rate: PeerBuckets
     active: Counter[bytes] = field(default_factory=Counter)
-    buckets: OrderedDict[bytes, TokenBucket] = field(default_factory=OrderedDict)
 
     def admits(self, peer: bytes, now: float) -> bool:
         """One more stream of this peer is within the limits."""
-        bucket = self.buckets.setdefault(peer, TokenBucket(self.rate_per_s, max(2 * self.rate_per_s, 1), now))
-        self.buckets.move_to_end(peer)
-        if len(self.buckets) > _BUCKETS:
-            self.buckets.popitem(last=False)
-        return self.active[peer] < self.per_peer and bucket.try_take(1, now)
+        return self.active[peer] < self.per_peer and self.rate.try_take(peer, now)
 
 
 class Mesh:
@@ -105,8 +101,10 @@ class Mesh:
         self._failed_handlers: Counter[str] = Counter()
         self._sent = self._received = 0  # bytes of connections that are over
         self._changed = trio.Event()
+        self._exchanges = PeerBuckets(_EXCHANGES_PER_S, 5 * _EXCHANGES_PER_S)
         self._network.handlers[discovery.PROTOCOL] = self._serve_exchange
         self._network.on_connected = self._on_connected
+        self._network.on_retired = self._gossip.reroute
         self._network.on_disconnected = self._on_disconnected
         self._network.is_banned = lambda key: self._reputation.is_banned(key, trio.current_time())
 
@@ -245,7 +243,8 @@ class Mesh:
         A peer may have `per_peer` of them open and open `rate_per_s` a second (twice that at once); more are reset.
         The stream is closed when the handler returns, and reset, with a log entry, when it raises.
         """
-        service = _Service(handler, max_frame_bytes, per_peer, rate_per_s)
+        rate = PeerBuckets(rate_per_s, max(2 * rate_per_s, 1))
+        service = _Service(handler, max_frame_bytes, per_peer, rate)
         self._network.handlers[protocol] = partial(self._serve, protocol, service)
 
     async def _serve(self, protocol: str, service: _Service, connection: Connection, stream: MuxedStream) -> None:
@@ -329,6 +328,10 @@ class Mesh:
         return await self._request_on(connection, discovery.PROTOCOL, payload, discovery.FRAME_BYTES)
 
     async def _serve_exchange(self, connection: Connection, stream: MuxedStream) -> None:
+        if not self._exchanges.try_take(connection.key, trio.current_time()):
+            self._network.refused[discovery.PROTOCOL] += 1
+            stream.reset_nowait()
+            return
         async with MeshStream(stream, connection.key, discovery.PROTOCOL, discovery.FRAME_BYTES) as frames:
             with trio.fail_after(self.config.limits.negotiation_s):
                 await self._discovery.serve(connection, frames)
@@ -356,6 +359,8 @@ async def open_mesh(config: MeshConfig, seed: bytes) -> AsyncIterator[Mesh]:
             try:
                 yield mesh
             finally:
+                with trio.CancelScope(shield=True), trio.move_on_after(_GOODBYE_S):
+                    await mesh._network.say_goodbye()
                 nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         raise _only_cause(group) from None

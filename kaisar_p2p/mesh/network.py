@@ -58,6 +58,7 @@ log = logging.getLogger(__name__)
 
 _YAMUX_ID = TProtocol("/yamux/1.0.0")
 _BACKLOG = 128
+_RETIRED_S = 10.0
 _ANY_ADDRESS = Multiaddr("/ip4/0.0.0.0/tcp/0")  # the library only logs it
 
 StreamHandler = Callable[["Connection", MuxedStream], Awaitable[None]]
@@ -135,6 +136,7 @@ class Connection(SwarmConn):
         self._negotiated_muxer_protocol = str(_YAMUX_ID)
         self.key = key
         self.inbound = inbound
+        self.retired = False  # another connection with the same peer takes over
         self.instance: bytes | None = None  # of the peer's process, told in the peer exchange
         self.since = self._created_at
         self.address: Address | None = None  # that we dialed
@@ -205,12 +207,13 @@ class Network(Swarm):
         self.bound: tuple[Address, ...] = ()
         self.handlers: dict[str, StreamHandler] = {}
         self.on_connected: Callable[[Connection], None] = lambda _connection: None
+        self.on_retired: Callable[[Connection], None] = lambda _connection: None
         self.on_disconnected: Callable[[Connection], None] = lambda _connection: None
         self.is_banned: Callable[[bytes], bool] = lambda _key: False
         self.refused: Counter[str] = Counter()
         self._open: dict[bytes, list[Connection]] = {}
         self._per_host: Counter[str] = Counter()
-        self._handshaking = 0
+        self._handshaking: Counter[str] = Counter()  # by IP address
         self._dialing: dict[bytes, trio.Event] = {}
         self._nursery: trio.Nursery | None = None
 
@@ -243,9 +246,26 @@ class Network(Swarm):
         self.on_disconnected(swarm_conn)
 
     def connection_to(self, key: bytes) -> Connection | None:
-        """The newest open connection with a peer."""
+        """The newest open connection with a peer; a retired one only when there is no other."""
         entries = self._open.get(key)
-        return entries[-1] if entries else None
+        if not entries:
+            return None
+        return next((connection for connection in reversed(entries) if not connection.retired), entries[-1])
+
+    async def retire(self, connection: Connection) -> None:
+        """Open nothing on this connection any more; close it when the streams it has are over, or after a while."""
+        connection.retired = True
+        self.on_retired(connection)
+        with trio.move_on_after(_RETIRED_S):
+            await connection.muxer.wait_without_streams()
+        await connection.close()
+
+    async def say_goodbye(self) -> None:
+        """Let what is queued leave, and close all connections."""
+        async with trio.open_nursery() as nursery:
+            for entries in list(self._open.values()):
+                for connection in entries:
+                    nursery.start_soon(connection.muxer.close)
 
     def connections_with(self, key: bytes) -> list[Connection]:
         """All open connections with a peer, oldest first."""
@@ -306,7 +326,7 @@ class Network(Swarm):
             return
         self._per_host[host] += 1
         try:
-            muxer = await self._upgrade_inbound(tcp)
+            muxer = await self._upgrade_inbound(tcp, host)
             if muxer is not None:
                 await muxer.event_closed.wait()
         finally:
@@ -316,16 +336,17 @@ class Network(Swarm):
             await trio.aclose_forcefully(stream)
 
     def _refusal(self, host: str) -> str | None:
-        if self._handshaking >= self.limits.handshakes:
-            return "handshakes"
+        most = self.limits.handshakes
+        if self._handshaking.total() >= most or self._handshaking[host] >= max(1, most // 2):
+            return "handshakes"  # one address cannot keep the others out
         if self.connection_count >= self.limits.connections:
             return "connections"
         if self._per_host[host] >= self.limits.connections_per_address:
             return "address"
         return None
 
-    async def _upgrade_inbound(self, tcp: TcpStream) -> Muxer | None:
-        self._handshaking += 1
+    async def _upgrade_inbound(self, tcp: TcpStream, host: str) -> Muxer | None:
+        self._handshaking[host] += 1
         try:
             with trio.fail_after(self.limits.handshake_s):
                 muxer = await self.upgrade_inbound_raw_conn(RawConnection(tcp, False), _ANY_ADDRESS)
@@ -333,10 +354,12 @@ class Network(Swarm):
             return muxer
         except Exception as error:  # noqa: BLE001  (the edge: a handshake made of garbage can raise anything)
             self.refused["handshake"] += 1
-            log.debug("inbound handshake with %s failed: %r", tcp.get_remote_address(), error)
+            log.debug("inbound handshake with %s failed: %r", host, error)
             return None
         finally:
-            self._handshaking -= 1
+            self._handshaking[host] -= 1
+            if not self._handshaking[host]:
+                del self._handshaking[host]
 
     # -- dialing ------------------------------------------------------------------------------------------------------
 

@@ -319,6 +319,7 @@ class Muxer(IMuxedConn):
         self._growth_left = _GROWN_BYTES
         self._queue_filled: trio.Event | None = None
         self._queue_drained: trio.Event | None = None
+        self._emptied: trio.Event | None = None
         self._scope: trio.CancelScope | None = None
         self._ended = False
         self._ping_id, self._ping_sent = 0, 0.0
@@ -451,9 +452,11 @@ class Muxer(IMuxedConn):
     async def _ping_loop(self) -> None:
         interval_s = self._limits.keepalive_s
         while True:
-            await trio.sleep(interval_s)
+            planned = trio.current_time() + interval_s
+            await trio.sleep_until(planned)
             now = trio.current_time()
-            if now - self.last_received > 3 * interval_s:
+            we_were_busy = now - planned > interval_s / 2  # then what the peer sent has not been read yet
+            if now - self.last_received > 3 * interval_s and not we_were_busy:
                 raise ProtocolViolation(f"silent for {3 * interval_s:.0f} s")
             for stream in [stream for stream in self._streams.values() if stream.expired(now)]:
                 stream.reset_nowait()
@@ -566,8 +569,16 @@ class Muxer(IMuxedConn):
         known = self._streams.pop(stream.stream_id, None)
         if known is not None:
             self._growth_left += stream.grown
+        if not self._streams and self._emptied is not None:
+            self._emptied.set()
         if known is not None and (stream.stream_id & 1) != (self._next_id & 1):
             self._inbound -= 1
+
+    async def wait_without_streams(self) -> None:
+        """Wait until no stream is open."""
+        while self._streams and not self._ended:
+            self._emptied = trio.Event()
+            await self._emptied.wait()
 
     @property
     def stream_count(self) -> int:

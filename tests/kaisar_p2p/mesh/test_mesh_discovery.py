@@ -176,3 +176,21 @@ async def test_peers_are_described(lab) -> None:
     await eventually(lambda: a.peers()[0].addresses == tuple(address.split("/p2p/")[0] for address in b.addrs))
     await eventually(lambda: a.peers()[0].rtt_s is not None)
     assert not b.peers()[0].inbound
+
+
+async def test_requests_survive_settling_on_one_connection(lab) -> None:
+    for _ in range(5):
+        a, b = await lab.mesh(target_peers=0), await lab.mesh(target_peers=0)
+        for mesh in (a, b):
+            mesh.serve("/echo", echo, max_frame_bytes=100, rate_per_s=1000)
+        a.add_addresses(b.key, b.addrs)
+        b.add_addresses(a.key, a.addrs)
+
+        async def ask(asker: Mesh, asked: Mesh) -> None:
+            for number in range(20):
+                data = b"%d" % number
+                assert await asker.request(asked.key, "/echo", data, deadline_s=10, max_reply_bytes=100) == data
+
+        async with trio.open_nursery() as nursery:
+            for asker, asked in ((a, b), (b, a)):
+                nursery.start_soon(ask, asker, asked)

@@ -112,11 +112,11 @@ async def test_garbage_instead_of_a_handshake(victim: Victim, number: int) -> No
                 pass
         await tcp.aclose()
     await victim.lives()
-    await eventually(lambda: victim.mesh._network._handshaking == 0)
+    await eventually(lambda: not victim.mesh._network._handshaking)
 
 
 async def test_half_open_connections_are_bounded_and_let_go(lab) -> None:
-    mesh = await lab.mesh(handshakes=5, handshake_s=0.3)
+    mesh = await lab.mesh(handshakes=10, handshake_s=0.3)  # of them 5 for one address
     address = mesh._network.bound[0]
     idle = [await trio.open_tcp_stream(address.host, address.port) for _ in range(20)]
     await eventually(lambda: mesh.statistics().refused.get("handshakes", 0) >= 15)
