@@ -1,4 +1,8 @@
-"""What a container runtime is to the rest of the node. It knows leases by name and ports by number, never orders or money."""
+"""What a container runtime is to the rest of the node.
+
+It knows leases by name and ports by number, never orders or money. A ContainerError's message may begin with one of the
+documented reasons and a colon: "image-not-found: …", "start-failed: …".
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class ContainerSpec:
-    """What to run. `lease` is the order id in hexadecimal and names the container; limits hold for all of its processes."""
+    """What to run. `lease` is the order id in hexadecimal and names the container; limits hold for its processes."""
 
     lease: str
     image: str
@@ -25,7 +29,10 @@ class ContainerSpec:
 
 @dataclass(frozen=True)
 class ContainerStatus:
-    """`phase` is "created", "running" or "exited"; `ports` maps the program's ports to (host, port) reachable from this node."""
+    """`phase` is "created", "running" or "exited".
+
+    `ports` maps the program's ports to (host, port) reachable from this node.
+    """
 
     lease: str
     phase: str
@@ -80,7 +87,10 @@ class ContainerRuntime(Protocol):
         """Exit code, when the container has ended."""
 
     def logs(self, lease: str, *, follow: bool, tail_bytes: int) -> AsyncIterator[bytes]:
-        """What the program wrote, from at most `tail_bytes` back; ends with the container, or at once without `follow`."""
+        """What the program wrote, from at most `tail_bytes` back.
+
+        Ends with the container, or at once without `follow`.
+        """
 
     def exec(self, lease: str, command: tuple[str, ...]) -> AbstractAsyncContextManager[ExecSession]:
         """Run a command inside; killed when the context is left."""
