@@ -15,6 +15,16 @@ from testnet.observer import LedgerObserver
 from testnet.prepare import Member
 from testnet.swarm import POLL_S, Swarm, SwarmError
 
+PORT = 8080
+DURATION_S = 3600
+MAX_PRICE_PLANCK_PER_HOUR = 10**19
+PROGRAM = (
+    "import http.server, os, sys\n"
+    "open('index.html', 'w').write(os.environ['PAGE'])\n"
+    "http.server.test(http.server.SimpleHTTPRequestHandler, port=int(sys.argv[1]), bind='127.0.0.1')\n"
+)
+"""The client's program: a web server with one page, whose text only this run knows."""
+
 
 @dataclass
 class Demo:
@@ -58,6 +68,21 @@ class Demo:
                     hint=f"ledger block {self.ledger.state.number}; logs are in {self.swarm.directory / 'logs'}",
                 )
             time.sleep(POLL_S)
+
+    def place(self) -> dict[str, Any]:
+        """Order the web server for an hour from the client's node; its answer."""
+        placed: dict[str, Any] = self.swarm.api(self.client.name).post(
+            "orders",
+            resources={"cpu_cores": 1, "memory_mb": 512, "disk_mb": 64},
+            workload={
+                "command": ["{python}", "-u", "-c", PROGRAM, f"{{port:{PORT}}}"],
+                "environment": {"PAGE": self.page},
+                "ports": [PORT],
+            },
+            duration_s=DURATION_S,
+            max_price_planck_per_hour=str(MAX_PRICE_PLANCK_PER_HOUR),
+        )
+        return placed
 
     def ledger_order(self) -> OrderState:
         """Our order, as the ledger has it."""

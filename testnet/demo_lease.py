@@ -11,36 +11,18 @@ from protocols.interpreter.audit import conservation
 from protocols.interpreter.events import LeaseSettled
 from protocols.interpreter.state import ORDER_CLOSED
 from protocols.settlement import cost_planck
-from testnet.demo_context import Demo
+from testnet.demo_context import PORT, Demo
 from testnet.swarm import SwarmError
 
 DEPLOYING_TEXT = "Container is deploying..."
 DEPLOYED_TEXT = "Your Container has been deployed successfully."
-PORT = 8080
-HOURS_S = 3600
 LEASE_WINDOWS = 3
-PROGRAM = (
-    "import http.server, os, sys\n"
-    "open('index.html', 'w').write(os.environ['PAGE'])\n"
-    "http.server.test(http.server.SimpleHTTPRequestHandler, port=int(sys.argv[1]), bind='127.0.0.1')\n"
-)
-"""The client's program: a web server with one page, whose text only this run knows."""
 
 
 def order(demo: Demo) -> None:
     """Place an order from the client's node, and wait until its committee has reached the program."""
     client = demo.swarm.api(demo.client.name)
-    placed = client.post(
-        "orders",
-        resources={"cpu_cores": 1, "memory_mb": 512, "disk_mb": 64},
-        workload={
-            "command": ["{python}", "-u", "-c", PROGRAM, f"{{port:{PORT}}}"],
-            "environment": {"PAGE": demo.page},
-            "ports": [PORT],
-        },
-        duration_s=HOURS_S,
-        max_price_planck_per_hour=str(10**19),
-    )
+    placed = demo.place()
     demo.order = placed["order"]
     provider = next(each.name for each in demo.members("provider") if each.key == placed["worker"])
     price, locked = placed["price_per_hour_kai"], placed["escrow_kai"]
