@@ -321,6 +321,11 @@ def leases_view(state: State, index: Index, key: bytes) -> list[View]:
     return sorted(views, key=lambda view: (-view["placed_block"], view["order"]))
 
 
+def announced_port(order_id: bytes, index: Index) -> int:
+    """The program's first port, as its worker announced it; 0 when it has none or nothing was heard."""
+    return max((event.port for event in index.lease_events.get(order_id, ())), default=0)
+
+
 def lease_event_view(event: LeaseEvent) -> View:
     """What a worker said about a lease."""
     return {
@@ -330,6 +335,7 @@ def lease_event_view(event: LeaseEvent) -> View:
         "reason": event.reason,
         "text": event.text,
         "at_ms": event.at_ms,
+        "port": event.port,
     }
 
 

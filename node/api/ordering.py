@@ -134,11 +134,15 @@ class Ordering:
         return JSONResponse(found)
 
     async def connect(self, request: Request) -> JSONResponse:
-        """Listen on a local port that leads to a port of the program; it stays open until the order ends."""
+        """Listen on a local port that leads to a port of the program (its first); it is open until the order ends."""
         fields = await body_of(request, "port", "local_port")
-        port, local_port = fields.integer("port", low=1, high=65535), fields.integer("local_port", 0, high=65535)
         order_id, order = self._find_open(request)
         node = self._node
+        announced = views.announced_port(order_id, node.index) or None
+        port, local_port = (
+            fields.integer("port", announced, low=1, high=65535),
+            fields.integer("local_port", 0, high=65535),
+        )
         up, detail = await node.tunnels.probe(order_id, order.worker, port, PROBE_TIMEOUT_S)
         if not up:
             raise MeshError(

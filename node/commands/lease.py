@@ -60,17 +60,20 @@ def logs(
 @app.command()
 def connect(
     order: OrderId,
-    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="The program's port to lead to.")],
+    port: Annotated[
+        int | None, typer.Option("--port", min=1, max=65535, help="The program's port.", show_default="its first")
+    ] = None,
     local_port: Annotated[int, typer.Option("--local-port", min=0, max=65535, help="0 picks a free one.")] = 0,
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
     """Listen on a local port that leads into the lease; the node keeps it open until the order ends.
 
-    Example: kaisar lease connect 3f9a1c --port 8080
+    Example: kaisar lease connect 3f9a1c --local-port 8080
     """
     with NodeClient(data_directory(data_dir)) as node:
-        answer = node.post(f"/v1/leases/{order}/connect", port=port, local_port=local_port)
+        wanted = {} if port is None else {"port": port}
+        answer = node.post(f"/v1/leases/{order}/connect", local_port=local_port, **wanted)
     if as_json:
         show_json(answer)
     else:
