@@ -256,6 +256,8 @@ class Gossip:
             with trio.fail_after(self._limits.negotiation_s):
                 await stream.write(proposal(PROTOCOL))
                 await confirm(stream, PROTOCOL)
+            if self._network.connection_to(connection.key) is not connection:
+                return  # a better one came meanwhile
             self._announce(link)
             async with trio.open_nursery() as nursery:
                 link.sending, link.stream = nursery.cancel_scope, stream

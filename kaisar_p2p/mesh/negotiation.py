@@ -34,16 +34,15 @@ async def confirm(stream: MuxedStream, protocol: str) -> None:
 
 async def respond(stream: MuxedStream, speaks: Callable[[str], bool]) -> str:
     """The accepting side: agree on the first proposed protocol that we speak."""
+    await stream.write(_line(_HEADER))  # at once: some wait for it before they propose
     if await _read_line(stream) != _HEADER:
         raise RequestFailed("the peer does not speak multistream-select")
-    answer = _line(_HEADER)
     for _ in range(_ATTEMPTS):
         protocol = await _read_line(stream)
         if speaks(protocol):
-            await stream.write(answer + _line(protocol))
+            await stream.write(_line(protocol))
             return protocol
-        await stream.write(answer + _line(_REFUSED))
-        answer = b""
+        await stream.write(_line(_REFUSED))
     raise RequestFailed("the peer proposes only protocols that we do not speak")
 
 
