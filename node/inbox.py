@@ -56,10 +56,13 @@ class Inbox:
         self._room = trio.Event()
         self.dropped: Counter[str] = Counter()
 
-    def put(self, lane: Lane, event: Event) -> bool:
-        """Queue an event; False if the lane is full and its rule refuses the new one."""
+    def put(self, lane: Lane, event: Event, *, over_limit: bool = False) -> bool:
+        """Queue an event; False if the lane is full and its rule refuses the new one.
+
+        `over_limit` is for the consumer's own step, which cannot wait for itself: at most one event for each action.
+        """
         queue, rule = self._lanes[lane], RULES[lane]
-        if len(queue) >= rule.length:
+        if len(queue) >= rule.length and not over_limit:
             self.dropped[lane.name.lower()] += 1
             if not rule.newest_wins:
                 return False
@@ -71,7 +74,8 @@ class Inbox:
     async def put_patiently(self, lane: Lane, event: Event) -> None:
         """Queue an event, waiting for room: for producers that can pause."""
         while len(self._lanes[lane]) >= RULES[lane].length:
-            self._room = trio.Event()
+            if self._room.is_set():  # others may be waiting for the present one
+                self._room = trio.Event()
             await self._room.wait()
         self.put(lane, event)
 

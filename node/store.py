@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,10 +42,11 @@ class NodeEvent:
 
 
 class NodeStore:
-    """Not thread-safe: the driver calls it from one thread at a time."""
+    """May be written from several threads; one transaction waits for the other."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._writing = threading.Lock()
         try:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
             self._db.execute("PRAGMA journal_mode=WAL")
@@ -69,29 +72,37 @@ class NodeStore:
         Raises StoreError (disk full, read-only) with nothing written: the caller then carries out none of the step.
         """
         refused: set[str] = set()
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                for duty in duties:
-                    if not self._journal(duty, now):
-                        refused.add(duty.key)
-                for item in items:
-                    self._db.execute(
-                        "INSERT OR REPLACE INTO items VALUES (?, ?, ?, ?)", (item.kind, item.key, item.value, int(now))
-                    )
-                for note in notes:
-                    self._db.execute(
-                        "INSERT INTO events (at_ms, kind, data) VALUES (?, ?, ?)",
-                        (int(now * 1000), note.kind, json.dumps(dict(note.data), ensure_ascii=False)),
-                    )
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
-        except sqlite3.Error as error:
-            raise StoreError(f"cannot write {self._path}: {error}", hint="free disk space; the node retries") from error
+        with self._transaction():
+            for duty in duties:
+                if not self._journal(duty, now):
+                    refused.add(duty.key)
+            for item in items:
+                self._db.execute(
+                    "INSERT OR REPLACE INTO items VALUES (?, ?, ?, ?)", (item.kind, item.key, item.value, int(now))
+                )
+            for note in notes:
+                self._db.execute(
+                    "INSERT INTO events (at_ms, kind, data) VALUES (?, ?, ?)",
+                    (int(now * 1000), note.kind, json.dumps(dict(note.data), ensure_ascii=False)),
+                )
         return frozenset(refused)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All or nothing, one at a time: the driver, an order that is being placed and pruning share the connection."""
+        with self._writing:
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield
+                    self._db.execute("COMMIT")
+                except BaseException:
+                    if self._db.in_transaction:
+                        self._db.execute("ROLLBACK")
+                    raise
+            except sqlite3.Error as error:
+                hint = "free disk space; the node retries"
+                raise StoreError(f"cannot write {self._path}: {error}", hint=hint) from error
 
     def _journal(self, duty: Duty, now: float) -> bool:
         row = self._db.execute("SELECT digest FROM duties WHERE key = ?", (duty.key,)).fetchone()
@@ -117,15 +128,19 @@ class NodeStore:
         return [NodeEvent(row[0], row[1], row[2], json.loads(row[3])) for row in rows]
 
     def prune(self, now: float, keep: dict[str, int]) -> None:
-        """Bound the file: the newest `keep[kind]` items of each kind, the newest events, duties of two weeks."""
-        for kind, count in keep.items():
-            self._db.execute(
-                "DELETE FROM items WHERE kind = ?1 AND key NOT IN"
-                " (SELECT key FROM items WHERE kind = ?1 ORDER BY at_s DESC LIMIT ?2)",
-                (kind, count),
-            )
-        self._db.execute("DELETE FROM events WHERE id <= (SELECT MAX(id) FROM events) - ?", (EVENTS_KEPT,))
-        self._db.execute("DELETE FROM duties WHERE at_s < ?", (int(now) - DUTIES_KEPT_S,))
+        """Bound the file: the newest `keep[kind]` items of each kind, the newest events, duties of two weeks.
+
+        StoreError when nothing could be deleted.
+        """
+        with self._transaction():
+            for kind, count in keep.items():
+                self._db.execute(
+                    "DELETE FROM items WHERE kind = ?1 AND key NOT IN"
+                    " (SELECT key FROM items WHERE kind = ?1 ORDER BY at_s DESC LIMIT ?2)",
+                    (kind, count),
+                )
+            self._db.execute("DELETE FROM events WHERE id <= (SELECT MAX(id) FROM events) - ?", (EVENTS_KEPT,))
+            self._db.execute("DELETE FROM duties WHERE at_s < ?", (int(now) - DUTIES_KEPT_S,))
 
     def close(self) -> None:
         """Flush and close; safe to call twice."""
