@@ -88,8 +88,8 @@ async def _run_on_ledger(
         nursery.start_soon(chain.run)
         # 3. who we are: hardware and runtime of a provider
         roles = config.node.roles
-        hardware = probe(config.data_directory)
-        runtime = await _runtime(config, keys) if "provider" in roles else None
+        hardware = probe(config.data_directory) if "provider" in roles else None
+        runtime = await _runtime(config, keys) if hardware is not None else None
         # 4. the mesh
         network = ledger.network.hex()[:16]
         async with open_mesh(MeshConfig(config.network.listen, network), keys.seed) as mesh:
@@ -159,9 +159,9 @@ def _assemble(
     )
 
 
-def _machines(node: Node, hardware: Hardware) -> tuple[list[Machine], Registration | None, Onboarding]:
+def _machines(node: Node, hardware: Hardware | None) -> tuple[list[Machine], Registration | None, Onboarding]:
     keys, owner, roles = node.machine_key.key_pair, node.wallet.public_key, node.roles
-    spec = offered_spec(node.config, hardware) if "provider" in roles else None
+    spec = offered_spec(node.config, hardware) if hardware is not None else None
     context = RoleContext(
         keys=keys,
         owner=owner,
@@ -184,7 +184,7 @@ def _machines(node: Node, hardware: Hardware) -> tuple[list[Machine], Registrati
     for role in roles:
         machines += ROLES[role].machines(context)
     machines += ROLES["everybody"].machines(context)
-    registration = Registration(spec, hardware) if spec is not None else None
+    registration = Registration(spec, hardware) if spec is not None and hardware is not None else None
     return machines, registration, onboarding
 
 

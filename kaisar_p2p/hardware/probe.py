@@ -5,6 +5,7 @@ Readings are hints for adverts and for choosing a tier. They prove nothing; proo
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import logging
 import os
@@ -21,6 +22,7 @@ import psutil
 log = logging.getLogger(__name__)
 
 _CPU_INFO = Path("/proc/cpuinfo")
+_NVML_LIBRARY = "nvml.dll" if platform.system() == "Windows" else "libnvidia-ml.so.1"
 _MAX_GPUS = 64
 _MAX_NAME = 128
 
@@ -103,6 +105,9 @@ def _disk_free_bytes(path: Path) -> int:
 
 def _gpus() -> tuple[Gpu, ...]:
     """GPUs through NVML. No library or no driver is normal: most machines have no NVIDIA GPU."""
+    if not _has_driver():
+        log.info("no NVIDIA driver: no GPUs are looked for")
+        return ()
     try:
         nvml: Any = importlib.import_module("pynvml")
     except ImportError:
@@ -115,6 +120,15 @@ def _gpus() -> tuple[Gpu, ...]:
     except nvml.NVMLError as error:
         log.info("no GPUs: %s", error)
         return ()
+
+
+def _has_driver() -> bool:
+    """Asked first, because importing the NVML bindings takes 18 MB of memory."""
+    try:
+        ctypes.CDLL(_NVML_LIBRARY)
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager

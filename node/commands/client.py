@@ -1,4 +1,7 @@
-"""The commands' side of the loopback API."""
+"""The commands' side of the loopback API.
+
+httpx is imported when a request is made: `kaisar run` is a command too, and a node should not carry 12 MB for nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,15 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-import httpx
+from typing import TYPE_CHECKING, Any
 
 from kaisar_p2p.errors import KaisarError, NodeUnavailable
 from node.api.address import no_node, read_address
 
+if TYPE_CHECKING:
+    import httpx
+
+CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 100.0
 """A ledger call waits for finality, an order for offers first."""
 
@@ -26,12 +31,14 @@ class NodeClient:
     """Requests to the node that runs on a data directory. NodeUnavailable when none does; Refused with its reason."""
 
     def __init__(self, data_directory: Path) -> None:
+        import httpx
+
         self._directory = data_directory
         address = read_address(data_directory)
         self._http = httpx.Client(
             base_url=address.url,
             headers={"Authorization": f"Bearer {address.token}"},
-            timeout=httpx.Timeout(ANSWER_TIMEOUT_S, connect=5),
+            timeout=httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
             trust_env=False,  # no proxy stands between us and ourselves
         )
 
@@ -62,7 +69,10 @@ class NodeClient:
     @contextlib.contextmanager
     def stream(self, method: str, path: str, **arguments: Any) -> Iterator[httpx.Response]:
         """An answer that is read as it comes, without a time limit between two parts."""
-        with self._errors(), self._http.stream(method, path, timeout=httpx.Timeout(None, connect=5), **arguments) as r:
+        import httpx
+
+        patient = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
+        with self._errors(), self._http.stream(method, path, timeout=patient, **arguments) as r:
             if r.is_error:
                 r.read()
                 self._check(r)
@@ -82,6 +92,8 @@ class NodeClient:
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
+        import httpx
+
         try:
             yield
         except httpx.ConnectError:

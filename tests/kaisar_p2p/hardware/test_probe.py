@@ -62,6 +62,7 @@ def test_the_disk_path_need_not_exist_yet(tmp_path: Path) -> None:
 @pytest.mark.parametrize("as_bytes", [False, True])
 def test_gpus_come_from_nvml_and_a_lost_one_is_left_out(monkeypatch: pytest.MonkeyPatch, as_bytes: bool) -> None:
     nvml = FakeNvml(as_bytes=as_bytes)
+    monkeypatch.setattr(module, "_has_driver", lambda: True)
     monkeypatch.setitem(sys.modules, "pynvml", nvml)  # type: ignore[arg-type]
     assert probe().gpus == (Gpu("RTX 4090", 24 << 30, "GPU-1"),)
     assert nvml.open == 0
@@ -71,6 +72,7 @@ def test_gpus_come_from_nvml_and_a_lost_one_is_left_out(monkeypatch: pytest.Monk
 def test_no_nvml_or_no_driver_is_normal(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, nvml: Any
 ) -> None:
+    monkeypatch.setattr(module, "_has_driver", lambda: True)
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     with caplog.at_level(logging.DEBUG, logger=module.__name__):
         assert probe().gpus == ()
@@ -80,3 +82,9 @@ def test_no_nvml_or_no_driver_is_normal(
 def test_a_machine_without_cpuinfo_still_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(module, "_CPU_INFO", tmp_path / "none")
     assert isinstance(probe().cpu_model, str)
+
+
+def test_without_a_driver_the_bindings_are_not_even_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_has_driver", lambda: False)
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # type: ignore[arg-type]  # importing it would raise
+    assert probe().gpus == ()
