@@ -13,7 +13,7 @@ from typing import Protocol
 
 import trio
 
-from kaisar_p2p.errors import KaisarError, MeshError
+from kaisar_p2p.errors import KaisarError, MeshError, RequestFailed
 from kaisar_p2p.mesh import Mesh, MeshStream
 from node.clock import Clock
 from node.compute import Computer
@@ -22,7 +22,7 @@ from node.inbox import Inbox, Lane
 from node.store import NodeStore
 from node.topics import Switchboard
 from protocols import actions as do
-from protocols.actions import Action
+from protocols.actions import Action, Event
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ OPEN_STREAM_S = 5.0
 FRAME_BYTES = 4 << 20
 STORE_RETRY_S = 1.0
 CALL_TIMEOUT_S = 60.0
+REPLY_FRAMES = 64
 
 
 class Submitter(Protocol):
@@ -92,7 +93,7 @@ class NodeEffects:
                 send, receive = trio.open_memory_channel[Action](QUEUE)
                 self._queues[kind] = send
                 for _ in range(workers):
-                    nursery.start_soon(_worker, receive.clone(), handle)
+                    nursery.start_soon(self._worker, receive.clone(), handle)
                 receive.close()
             task_status.started()
 
@@ -141,15 +142,33 @@ class NodeEffects:
         except trio.WouldBlock:
             log.warning("dropped %s: no room, or this node has no such role", type(action).__name__)
             self.inbox.dropped[f"effect-{type(action).__name__.lower()}"] += 1
-            if isinstance(action, do.Request):
-                self.inbox.put(Lane.RESULT, do.RequestEnded(action.request_id, "too many requests at once"))
+            event = _undone(action, "too much at once, or not a role of this node")
+            if event is not None:
+                self.inbox.put(Lane.RESULT, event, over_limit=True)
+
+    async def _worker(
+        self, channel: trio.MemoryReceiveChannel[Action], handle: Callable[[Action], Awaitable[None]]
+    ) -> None:
+        async with channel:
+            async for action in channel:
+                try:
+                    await handle(action)
+                except Exception:  # the edge of the effect: one failed call must not end the node
+                    log.exception("%s failed", type(action).__name__)
+                    event = _undone(action, "failed here: the log says why")
+                    if event is not None:
+                        await self.inbox.put_patiently(Lane.RESULT, event)
 
     # ── gossip and requests ──────────────────────────────────────────────────────────────────────────────────────────
 
     async def _publish(self, action: Action) -> None:
         assert isinstance(action, do.Publish)
-        self.switchboard.echo(action.topic, action.payload)
-        await self.mesh.publish(action.topic, action.payload)
+        try:
+            await self.mesh.publish(action.topic, action.payload)
+        except MeshError as error:  # too large: what others cannot hear is not for our own machines either
+            log.error("cannot publish on %s: %s", action.topic, error)
+        else:
+            self.switchboard.echo(action.topic, action.payload)
 
     async def _request(self, action: Action) -> None:
         assert isinstance(action, do.Request)
@@ -175,7 +194,8 @@ class NodeEffects:
             sent_at = self.clock.now()
             for _ in range(action.max_frames):
                 frame = await stream.receive_frame()
-                self.inbox.put(Lane.RESULT, do.Answer(action.request_id, frame, self.clock.now(), sent_at))
+                answer = do.Answer(action.request_id, frame, self.clock.now(), sent_at)
+                await self.inbox.put_patiently(Lane.RESULT, answer)
 
     async def _request_self(self, action: do.Request) -> None:
         """A node with several roles may be drawn to check or serve itself: same path, without a stream."""
@@ -185,9 +205,12 @@ class NodeEffects:
             await self.inbox.put_patiently(Lane.REQUEST, event)
             for _ in range(action.max_frames):
                 payload, last = await call.receive.receive()
-                self.inbox.put(Lane.RESULT, do.Answer(action.request_id, payload, self.clock.now()))
+                answer = do.Answer(action.request_id, payload, self.clock.now())
+                await self.inbox.put_patiently(Lane.RESULT, answer)
                 if last:
                     return
+        except trio.EndOfChannel:
+            raise RequestFailed("more frames than wait for a reader") from None
         finally:
             self._close_call(call_id)
 
@@ -204,18 +227,21 @@ class NodeEffects:
                 while not last:
                     frame, last = await call.receive.receive()
                     await stream.send_frame(frame)
+        except trio.EndOfChannel:
+            raise RequestFailed("the peer reads too slowly") from None
         finally:
             self._close_call(call_id)
 
     def _open_call(self) -> tuple[int, ServedCall]:
         call_id, self._next_call = self._next_call, self._next_call + 1
-        call = self._served[call_id] = ServedCall(*trio.open_memory_channel[tuple[bytes, bool]](64))
+        call = self._served[call_id] = ServedCall(*trio.open_memory_channel[tuple[bytes, bool]](REPLY_FRAMES))
         return call_id, call
 
     def _close_call(self, call_id: int) -> None:
-        call = self._served.pop(call_id)
-        call.frames.close()
-        call.receive.close()
+        call = self._served.pop(call_id, None)
+        if call is not None:
+            call.frames.close()
+            call.receive.close()
 
     def _reply(self, action: do.Reply) -> None:
         call = self._served.get(action.call_id)
@@ -223,8 +249,10 @@ class NodeEffects:
             return  # the peer has hung up
         try:
             call.frames.send_nowait((action.payload, action.last))
-        except trio.WouldBlock:
-            log.warning("reply dropped: the peer reads too slowly")
+        except trio.WouldBlock:  # an answer with a gap would be worse than none
+            log.warning("call ended: the peer reads too slowly")
+            call.frames.close()
+            del self._served[action.call_id]
 
     # ── work, ledger, containers ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -254,10 +282,14 @@ class NodeEffects:
         await self.containers.stop(action.order_id)
 
 
-async def _worker(channel: trio.MemoryReceiveChannel[Action], handle: Callable[[Action], Awaitable[None]]) -> None:
-    async with channel:
-        async for action in channel:
-            try:
-                await handle(action)
-            except Exception:  # the edge of the effect: one failed call must not end the node
-                log.exception("%s failed", type(action).__name__)
+def _undone(action: Action, reason: str) -> Event | None:
+    """What a machine hears of an action that was not carried out, so that it does not wait for its result."""
+    match action:
+        case do.Request():
+            return do.RequestEnded(action.request_id, reason)
+        case do.Compute():
+            return do.WorkDone(action.work_id, None, reason)
+        case do.Deploy():
+            return do.ContainerReport(action.order_id, "failed", reason)
+        case _:
+            return None
