@@ -25,6 +25,7 @@ from node.commands.output import (
     duration,
     kai,
     print_error,
+    printable,
     resources,
     say,
     show_json,
@@ -38,7 +39,7 @@ app = typer.Typer(no_args_is_help=True)
 WAIT_S = 25
 DEPLOYED = "Your Container has been deployed successfully."
 """The text with which the node reports a deployment that the committee has confirmed."""
-ENDED_STATES = ("ENDED", "FAILED", "CANCELLED", "EXPIRED")
+ENDED = "ENDED"
 DEFAULT_DURATION_S = 3600
 
 
@@ -145,14 +146,15 @@ def follow(node: NodeClient, order: str, tell: Any) -> str:
         answer = node.get(f"/v1/orders/{order}/events", after=after, wait_s=WAIT_S)
         after = answer["after"]
         for event in answer["events"]:
-            last = str(event["data"].get("text", "")) or last
-            if event["data"].get("text"):
-                tell(event["data"]["text"])
+            data = event["data"]
+            last = printable(data.get("text", "")) or last
+            if data.get("text"):
+                tell(last)
             if last == DEPLOYED:
                 return ""
-            if str(event["data"].get("state", "")).upper() in ENDED_STATES:
-                return str(event["data"].get("reason") or last or "it ended")
-        if not answer["events"] and answer["state"] in ENDED_STATES:
+            if data.get("state") == ENDED:
+                return f"{last} ({printable(data.get('reason'))})"
+        if not answer["events"] and answer["state"] == ENDED:
             return last or "the order has ended"
 
 
@@ -256,7 +258,7 @@ def show(order: OrderId, data_dir: DataDir = None, as_json: AsJson = False) -> N
     show_record(answer, fields, as_json=as_json)
     if not as_json:
         for event in answer["events"]:
-            print(f"{event['state']:<12} {event['reason']:<16} {event['text']}".rstrip())
+            print(printable(f"{event['state']:<12} {event['reason']:<16} {event['text']}").rstrip())
 
 
 @app.command()

@@ -34,11 +34,16 @@ def exit_code(error: KaisarError) -> int:
     return FAILED
 
 
+def printable(text: object) -> str:
+    """Peers choose some of the text: nothing in it may move the cursor, or break a line of a table."""
+    return "".join(letter if letter.isprintable() else "�" for letter in str(text))
+
+
 def print_error(message: str, hint: str = "") -> None:
     """`error: …` and `hint: …` on standard error."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     if hint:
-        print(f"hint: {hint}", file=sys.stderr)
+        print(f"hint: {printable(hint)}", file=sys.stderr)
 
 
 def say(text: str) -> None:
@@ -119,12 +124,7 @@ def _text(value: object) -> str:
         case list() | tuple():
             return ", ".join(map(str, value)) or "-"
         case _:
-            return _printable(str(value)) or "-"
-
-
-def _printable(text: str) -> str:
-    """Peers choose some of the text: nothing in it may move the cursor, or break a line of a table."""
-    return "".join(letter if letter.isprintable() else "�" for letter in text)
+            return printable(value) or "-"
 
 
 def _plain_table(titles: list[str], cells: list[list[str]]) -> None:

@@ -10,7 +10,7 @@ import typer
 from kaisar_p2p.wire.money import planck_to_kai
 from node.commands.client import NodeClient
 from node.commands.options import AsJson, DataDir, data_directory, parse_kai
-from node.commands.output import kai, resources, show_json, show_record
+from node.commands.output import kai, printable, resources, show_json, show_record
 
 rewards = typer.Typer(no_args_is_help=True)
 stake = typer.Typer(no_args_is_help=True)
@@ -126,7 +126,7 @@ def worker_show(data_dir: DataDir = None, as_json: AsJson = False) -> None:
         show_record(found, fields, as_json=False)
     for step in steps["steps"]:
         mark = "x" if step["done"] else " "
-        print(f"[{mark}] {step['step']:>2} {step['name']:<30} {step['text']}".rstrip())
+        print(printable(f"[{mark}] {step['step']:>2} {step['name']:<30} {step['text']}").rstrip())
 
 
 @worker.command("retire")
