@@ -28,6 +28,9 @@ from protocols.popw import validate_assignment, validate_certificate
 Validate = Callable[[bytes, float, State], tuple[Verdict, str, Any]]
 
 SEEN = 16_384
+QUEUE = 256
+PARSED = 2 * QUEUE
+"""More than the mesh can hold of a topic: what it queues, and what is being judged."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,10 @@ class Seen:
         if len(self._digests) > self._most:
             self._digests.popitem(last=False)
 
+    def forget(self, digest: bytes) -> None:
+        """It did not reach us after all: the next copy is welcome."""
+        self._digests.pop(digest, None)
+
 
 class Switchboard:
     """Subscribes to every topic and turns accepted messages into events."""
@@ -76,25 +83,26 @@ class Switchboard:
         self._own_key = own_key
         self._now = now
         self._seen = Seen()
-        self._parsed: dict[bytes, Any] = {}
+        self._parsed: dict[str, OrderedDict[bytes, Any]] = {name: OrderedDict() for name in TOPICS}
 
     async def run(self, mesh: Mesh, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Until cancelled; started once all topics are subscribed."""
         async with trio.open_nursery() as nursery:
             for name, topic in TOPICS.items():
-                channel = mesh.subscribe(name, self._validator(topic), heavy=topic.heavy)
+                channel = mesh.subscribe(name, self._validator(name, topic), queue=QUEUE, heavy=topic.heavy)
                 nursery.start_soon(self._deliver, name, topic, channel)
             task_status.started()
 
     def echo(self, name: str, data: bytes) -> None:
         """Our own gossip, for our own machines: validated like anybody's, so that a mistake of ours shows."""
-        topic = TOPICS[name]
+        topic, digest = TOPICS[name], sha256(data)
+        if digest in self._seen:
+            return
         verdict, _, message = topic.validate(data, self._now(), self._state())
-        if verdict is Verdict.ACCEPT:
-            self._seen.add(sha256(data))
-            self._inbox.put(topic.lane, Gossip(name, message, self._own_key, self._now()))
+        if verdict is Verdict.ACCEPT and self._inbox.put(topic.lane, Gossip(name, message, self._own_key, self._now())):
+            self._seen.add(digest)
 
-    def _validator(self, topic: Topic) -> Callable[[bytes, bytes, bytes, float], tuple[Verdict, str]]:
+    def _validator(self, name: str, topic: Topic) -> Callable[[bytes, bytes, bytes, float], tuple[Verdict, str]]:
         def validate(data: bytes, sender: bytes, author: bytes, received_at: float) -> tuple[Verdict, str]:
             digest = sha256(data)
             # [IGNORE] the same bytes were accepted before: a replay, or another peer's copy
@@ -103,13 +111,23 @@ class Switchboard:
             verdict, reason, message = topic.validate(data, received_at, self._state())
             if verdict is Verdict.ACCEPT:
                 self._seen.add(digest)
-                self._parsed[digest] = message
+                self._keep(name, digest, message)
             return verdict, reason
 
         return validate
 
+    def _keep(self, name: str, digest: bytes, message: Any) -> None:
+        """Until it is delivered, or the mesh's queue has dropped it: the oldest gives way there and here."""
+        parsed = self._parsed[name]
+        parsed[digest] = message
+        while len(parsed) > PARSED:
+            self._seen.forget(parsed.popitem(last=False)[0])
+
     async def _deliver(self, name: str, topic: Topic, channel: trio.MemoryReceiveChannel[GossipMessage]) -> None:
         async for received in channel:
-            message = self._parsed.pop(sha256(received.data), None)
-            if message is not None:
-                self._inbox.put(topic.lane, Gossip(name, message, received.sender, received.received_at))
+            digest = sha256(received.data)
+            message = self._parsed[name].pop(digest, None)
+            if message is None:
+                continue
+            if not self._inbox.put(topic.lane, Gossip(name, message, received.sender, received.received_at)):
+                self._seen.forget(digest)
