@@ -103,7 +103,7 @@ class StubStream:
     """A tunnel whose far end has said everything already, or never ends."""
 
     def __init__(self, frames: list[bytes], *, endless: bool = False) -> None:
-        self.frames, self.sent, self.endless = list(frames), [], endless
+        self.frames, self.endless = list(frames), endless
         self.sent: list[bytes] = []
         self.closed = False
 
@@ -290,3 +290,9 @@ def served(tmp_path: Path) -> Iterator[Served]:
     found[0].soon(found[0].scope.cancel)
     thread.join(10)
     assert not thread.is_alive(), "the API did not stop"
+
+
+@pytest.fixture
+def sample() -> SimpleNamespace:
+    """A state and an index to look at."""
+    return SimpleNamespace(state=sample_state(), index=sample_index())
