@@ -179,8 +179,13 @@ def _machines(node: Node, hardware: Hardware | None) -> tuple[list[Machine], Reg
     onboarding.hold = "provider" in roles
     presence = Presence(keys, owner, mask, lambda: node.mesh.addrs, context.runtime)
     machines: list[Machine] = [
-        PeerKeeper(node.mesh, node.config.network.join), node.index, presence, onboarding, node.lease_client
-    ]  # fmt: skip
+        PeerKeeper(node.mesh, node.config.network.join),
+        node.index,
+        presence,
+        onboarding,
+        node.lease_client,
+        node.tunnels,
+    ]
     for role in roles:
         machines += ROLES[role].machines(context)
     machines += ROLES["everybody"].machines(context)

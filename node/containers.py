@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 HEALTH_POLL_S = 0.1
 HEALTH_TIMEOUT_S = 120.0
 STOP_GRACE_S = 5.0
+STOP_RETRY_S = (1.0, 5.0, 30.0)
 
 
 class Containers:
@@ -54,37 +55,50 @@ class Containers:
         try:
             await self.runtime.start(spec)
         except KaisarError as error:
-            self._report(spec.lease, "failed", str(error))
+            await self._report(spec.lease, "failed", str(error))
             return
         await self._to_watch.send((spec.lease, spec.ports))
 
     async def stop(self, order_id: bytes) -> None:
-        """Stop and remove; tries again is the machine's business."""
+        """Stop and remove; tried again for a while when the runtime cannot."""
         lease = order_id.hex()
         scope = self._watched.pop(lease, None)
         if scope is not None:
             scope.cancel()
-        try:
-            await self.runtime.stop(lease, STOP_GRACE_S)
-        except KaisarError as error:
-            log.error("cannot stop container %s: %s", lease[:8], error)
+        for pause_s in (*STOP_RETRY_S, None):
+            try:
+                await self.runtime.stop(lease, STOP_GRACE_S)
+                return
+            except KaisarError as error:
+                log.error("cannot stop container %s: %s", lease[:8], error)
+            if pause_s is not None:
+                await trio.sleep(pause_s)
 
-    def _report(self, lease: str, phase: str, detail: str = "") -> None:
-        self._inbox.put(Lane.RESULT, ContainerReport(bytes.fromhex(lease), phase, detail))
+    async def _report(self, lease: str, phase: str, detail: str = "") -> None:
+        await self._inbox.put_patiently(Lane.RESULT, ContainerReport(bytes.fromhex(lease), phase, detail))
 
     async def _watch(self, lease: str, ports: tuple[int, ...]) -> None:
+        if lease in self._watched:  # found again, and deployed again before its watcher had said so
+            return
         with trio.CancelScope() as scope:
             self._watched[lease] = scope
             try:
-                self._report(lease, "started")
-                if await self._becomes_healthy(lease, ports):
-                    self._report(lease, "healthy")
-                code = await self.runtime.wait(lease)
-                self._report(lease, "exited", str(code))
+                await self._follow(lease, ports)
             except KaisarError as error:
-                self._report(lease, "failed", str(error))
+                await self._report(lease, "failed", str(error))
+            except Exception as error:  # the edge of the watcher: a runtime's mistake ends this lease, not the node
+                log.exception("watching container %s failed", lease[:8])
+                await self._report(lease, "failed", repr(error))
             finally:
-                self._watched.pop(lease, None)
+                if self._watched.get(lease) is scope:
+                    del self._watched[lease]
+
+    async def _follow(self, lease: str, ports: tuple[int, ...]) -> None:
+        await self._report(lease, "started")
+        if await self._becomes_healthy(lease, ports):
+            await self._report(lease, "healthy")
+        code = await self.runtime.wait(lease)
+        await self._report(lease, "exited", str(code))
 
     async def _becomes_healthy(self, lease: str, ports: tuple[int, ...]) -> bool:
         """True once the first port accepts a connection, or at once when the program has no port."""
@@ -96,7 +110,9 @@ class Containers:
                 if not ports or await _accepts(status, ports[0]):
                     return True
                 await trio.sleep(HEALTH_POLL_S)
-        self._report(lease, "unhealthy", f"port {ports[0]} did not accept a connection in {HEALTH_TIMEOUT_S:.0f} s")
+        await self._report(
+            lease, "unhealthy", f"port {ports[0]} did not accept a connection in {HEALTH_TIMEOUT_S:.0f} s"
+        )
         return False
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 
 import trio
@@ -13,6 +14,7 @@ from kaisar_p2p.mesh import Mesh, MeshStream
 from kaisar_p2p.runtime.interface import ContainerRuntime, ExecSession
 from kaisar_p2p.tunnel import serve_local, splice
 from kaisar_p2p.wire.codec import decode, encode
+from protocols.actions import Action, BlockApplied, Event
 from protocols.deploy import TUNNEL_PROTOCOL, TunnelOpen, TunnelReply
 from protocols.interpreter.state import ORDER_OPEN, OrderState, State
 
@@ -50,11 +52,13 @@ class TunnelServer:
 
     async def handle(self, stream: MeshStream) -> None:
         """One tunnel, from its first frame to its end."""
-        with trio.fail_after(FIRST_FRAME_S):
-            try:
+        try:
+            with trio.fail_after(FIRST_FRAME_S):
                 opening = decode(TunnelOpen, await stream.receive_frame())
-            except DecodeError as error:
-                raise RequestFailed(f"bad tunnel request: {error.message}") from error
+        except DecodeError as error:
+            raise RequestFailed(f"bad tunnel request: {error.message}") from error
+        except trio.TooSlowError:
+            raise RequestFailed(f"no tunnel request within {FIRST_FRAME_S:.0f} s") from None
         refusal = may_open(self._state().orders.get(opening.order_id), stream.peer, self._key, opening.service)
         if not refusal and opening.service not in ("tcp", "logs", "exec"):
             refusal = f"unknown service {opening.service!r}"
@@ -62,17 +66,20 @@ class TunnelServer:
             await stream.send_frame(encode(TunnelReply(0, refusal)))
             return
         try:
-            await getattr(self, f"_serve_{opening.service}")(stream, opening)
+            with _only_cause():
+                await getattr(self, f"_serve_{opening.service}")(stream, opening)
         except (ContainerError, OSError) as error:
             log.info("tunnel %s into %s ended: %s", opening.service, opening.order_id.hex()[:8], error)
 
     async def _serve_tcp(self, stream: MeshStream, opening: TunnelOpen) -> None:
         status = await self._runtime.status(opening.order_id.hex())
-        if opening.port == 0:  # a witness asks about a program without a port
-            running = status is not None and status.phase == "running"
-            await stream.send_frame(encode(TunnelReply(int(running), "" if running else "the container does not run")))
+        if status is None or status.phase != "running":  # what listens on its old port now may be somebody else's
+            await stream.send_frame(encode(TunnelReply(0, "the container does not run")))
             return
-        address = status.address(opening.port) if status is not None else None
+        if opening.port == 0:  # a witness asks about a program without a port
+            await stream.send_frame(encode(TunnelReply(1, "")))
+            return
+        address = status.address(opening.port)
         if address is None:
             await stream.send_frame(encode(TunnelReply(0, f"the container has no port {opening.port}")))
             return
@@ -87,12 +94,20 @@ class TunnelServer:
             await splice(stream, tcp, idle_timeout_s=IDLE_TIMEOUT_S)
 
     async def _serve_logs(self, stream: MeshStream, opening: TunnelOpen) -> None:
-        follow = "follow" in opening.arguments
+        lease, follow = opening.order_id.hex(), "follow" in opening.arguments
+        if await self._runtime.status(lease) is None:
+            await stream.send_frame(encode(TunnelReply(0, "the container is gone, and its logs with it")))
+            return
         await stream.send_frame(encode(TunnelReply(1, "")))
-        async for chunk in self._runtime.logs(opening.order_id.hex(), follow=follow, tail_bytes=LOG_TAIL_BYTES):
-            for start in range(0, len(chunk), FRAME_BYTES // 2):
-                await stream.send_frame(chunk[start : start + FRAME_BYTES // 2])
-        await stream.send_eof()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_until_hang_up, stream, nursery.cancel_scope)
+            logs = self._runtime.logs(lease, follow=follow, tail_bytes=LOG_TAIL_BYTES)
+            async with aclosing(logs):  # type: ignore[type-var]  # every runtime's is a generator
+                async for chunk in logs:
+                    for start in range(0, len(chunk), FRAME_BYTES // 2):
+                        await stream.send_frame(chunk[start : start + FRAME_BYTES // 2])
+            await stream.send_eof()
+            nursery.cancel_scope.cancel()
 
     async def _serve_exec(self, stream: MeshStream, opening: TunnelOpen) -> None:
         if not opening.arguments:
@@ -101,7 +116,7 @@ class TunnelServer:
         async with self._runtime.exec(opening.order_id.hex(), opening.arguments) as session:
             await stream.send_frame(encode(TunnelReply(1, "")))
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(_feed_stdin, stream, session)
+                nursery.start_soon(_feed_stdin, stream, session, nursery.cancel_scope)
                 async for channel, data in session.output():
                     for start in range(0, len(data), FRAME_BYTES // 2):
                         await stream.send_frame(bytes([channel]) + data[start : start + FRAME_BYTES // 2])
@@ -111,14 +126,45 @@ class TunnelServer:
                 nursery.cancel_scope.cancel()
 
 
-async def _feed_stdin(stream: MeshStream, session: ExecSession) -> None:
+async def _feed_stdin(stream: MeshStream, session: ExecSession, scope: trio.CancelScope) -> None:
+    """Frames of the client are the command's input; its end is the input's end, a reset ends the command."""
     try:
         while True:
             frame = await stream.receive_frame()
             if frame[:1] == bytes([STDIN]):
                 await session.send(frame[1:])
-    except (MeshError, ContainerError):
-        await session.send_eof()
+    except ContainerError:  # the command reads no more
+        pass
+    except MeshError:
+        with suppress(ContainerError):
+            await session.send_eof()
+    try:
+        while await stream.receive_some():
+            pass
+    except MeshError:
+        scope.cancel()
+
+
+async def _until_hang_up(stream: MeshStream, scope: trio.CancelScope) -> None:
+    """The client of a log says nothing more; without this, a silent program's log would be followed for ever."""
+    try:
+        while await stream.receive_some():
+            pass
+    except MeshError:
+        pass
+    scope.cancel()
+
+
+@contextmanager
+def _only_cause() -> Iterator[None]:
+    """Nurseries wrap errors in groups; callers look for the error itself."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        cause: BaseException = group
+        while isinstance(cause, BaseExceptionGroup) and len(cause.exceptions) == 1:
+            cause = cause.exceptions[0]
+        raise cause from None
 
 
 @dataclass(frozen=True)
@@ -133,7 +179,12 @@ class LocalPort:
 
 
 class TunnelClient:
-    """Opens tunnels into leases on other nodes, keeps local ports listening, probes."""
+    """Opens tunnels into leases on other nodes, keeps local ports listening, probes.
+
+    As a machine, it closes the local ports of orders that have ended.
+    """
+
+    deadline: float | None = None
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
@@ -174,15 +225,16 @@ class TunnelClient:
         try:
             with trio.fail_after(deadline_s):
                 stream = await self.open(worker, TunnelOpen(order_id, "tcp", port, ()))
-                await stream.aclose()
         except (MeshError, trio.TooSlowError) as error:
             return False, str(error) or "timed out"
+        await stream.aclose()
         return True, ""
 
     async def listen(self, order_id: bytes, worker: bytes, port: int, host: str, local_port: int) -> LocalPort:
         """Listen on a local port (0: any free one); every connection is forwarded through a tunnel of its own."""
         for existing in self.local_ports:
-            if (existing.order_id, existing.port) == (order_id, port) and local_port in (0, existing.local_port):
+            same = (existing.order_id, existing.port, existing.host) == (order_id, port, host)
+            if same and local_port in (0, existing.local_port):
                 return existing
         request = _PortRequest(order_id, worker, port, host, local_port)
         await self._starts.send(request)
@@ -191,6 +243,15 @@ class TunnelClient:
             raise request.error
         assert request.result is not None
         return request.result
+
+    def step(self, event: Event, now: float) -> list[Action]:
+        """Blocks tell which orders are over."""
+        if isinstance(event, BlockApplied):
+            for order_id in {each.order_id for each in self.local_ports}:
+                order = event.state.orders.get(order_id)
+                if order is None or order.status != ORDER_OPEN:
+                    self.close_ports(order_id)
+        return []
 
     def close_ports(self, order_id: bytes) -> None:
         """Stop listening for a lease."""
@@ -210,8 +271,9 @@ class TunnelClient:
                 self.local_ports.append(local)
                 request.result = local
                 request.done.set()
-        except* (KaisarError, OSError) as group:
+        except* (KaisarError, OSError, OverflowError) as group:
             failure = group.exceptions[0]
+            log.warning("local port %d: %s", request.local_port, failure)
             request.error = failure if isinstance(failure, KaisarError) else MeshError(str(failure))
         finally:
             request.done.set()
