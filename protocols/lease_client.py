@@ -104,7 +104,7 @@ class ClientLease:
     @property
     def deadline(self) -> float | None:
         """Its next delivery, or when to give up."""
-        times = [self.deliver_at] + ([self.give_up_at] if self.state < RUNNING else [])
+        times = [self.deliver_at if self.state < DEPLOYING else None, self.give_up_at if self.state < RUNNING else None]
         return min((at for at in times if at is not None), default=None)
 
 
@@ -244,7 +244,7 @@ class LeaseClientMachine:
         if lease is None:
             return []
         failed, why = _failure(event)
-        if failed and not lease.delivered and lease.deliver_at is None:
+        if failed and not lease.delivered and lease.deliver_at is None and lease.state < DEPLOYING:
             if lease.attempts < DELIVER_ATTEMPTS:
                 lease.deliver_at = now + DELIVER_RETRY_S * 2**lease.attempts
             return [_note(lease, f"the worker has not taken the workload: {why}")]

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import httpx
@@ -72,6 +72,12 @@ async def fetch(status: ContainerStatus, port: int) -> str:
                     await trio.sleep(0.05)
 
 
+async def until(true: Callable[[], bool]) -> None:
+    """Other processes have no event to wait for."""
+    while not true():  # noqa: ASYNC110
+        await trio.sleep(0.02)
+
+
 def alive(pid: int) -> bool:
     return shim.start_ticks(pid) >= 0
 
@@ -134,7 +140,7 @@ async def test_what_cannot_be_started_says_why_and_leaves_nothing(
 
 async def test_images_and_strange_names_are_refused(runtime: ProcessRuntime) -> None:
     image = ContainerSpec(LEASE, "nginx", (), (), (), 1, 64, 64, 0)
-    with pytest.raises(ContainerError, match="^image-not-found: "):
+    with pytest.raises(ContainerError, match=r"^image-not-found: "):
         await runtime.start(image)
     for lease in ("../../etc", "", "AB" * 32, "g" * 64):
         with pytest.raises(ContainerError, match="does not name a lease"):
@@ -188,8 +194,7 @@ async def test_logs_of_a_lease_that_is_not_here(runtime: ProcessRuntime) -> None
 async def test_exec_shares_place_and_environment(runtime: ProcessRuntime) -> None:
     await runtime.start(script("open('made', 'w').write('by the program'); import time; time.sleep(60)"))
     with trio.fail_after(20):
-        while not (runtime._base / LEASE / "work" / "made").exists():
-            await trio.sleep(0.05)
+        await until(lambda: (runtime._base / LEASE / "work" / "made").exists())
         command = ("sh", "-c", "cat made; echo $GREETING >&2; cat; exit 3")
         async with runtime.exec(LEASE, command) as session:
             await session.send(b" and by you")
@@ -209,8 +214,7 @@ async def test_leaving_exec_kills_the_command_and_what_it_started(runtime: Proce
                 pid = int(data)
                 break
             assert alive(pid)
-        while alive(pid):
-            await trio.sleep(0.02)
+        await until(lambda: not alive(pid))
 
 
 async def test_an_error_inside_exec_comes_out_as_it_is(runtime: ProcessRuntime) -> None:
@@ -340,8 +344,7 @@ async def test_a_killed_keeper_takes_its_program_along(runtime: ProcessRuntime) 
     os.kill(keeper["pid"], signal.SIGKILL)
     assert await ended(runtime) == LOST
     with trio.fail_after(20):
-        while alive(keeper["program"]):
-            await trio.sleep(0.02)
+        await until(lambda: not alive(keeper["program"]))
 
 
 async def test_a_start_that_was_interrupted_is_done_again(runtime: ProcessRuntime) -> None:
