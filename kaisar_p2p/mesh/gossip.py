@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -20,13 +20,13 @@ from nacl.signing import SigningKey
 
 from kaisar_p2p.errors import LimitExceeded, RequestFailed
 from kaisar_p2p.mesh import gossip_wire as wire
+from kaisar_p2p.mesh.gossip_link import WRITE_BYTES, Link, SeenMessages
 from kaisar_p2p.mesh.gossip_router import MAX_OFFERED_IDS, MAX_TOPICS_PER_PEER, Control, Router
 from kaisar_p2p.mesh.gossip_wire import MalformedGossip, Published
-from kaisar_p2p.mesh.limits import MeshLimits, TokenBucket
 from kaisar_p2p.mesh.negotiation import confirm, proposal
 from kaisar_p2p.mesh.network import Connection, Network
 from kaisar_p2p.mesh.reputation import IMPATIENT_POINTS, REJECTED_POINTS, Reputation
-from kaisar_p2p.mesh.yamux import MuxedStream
+from kaisar_p2p.mesh.yamux_stream import MuxedStream
 from kaisar_p2p.wire.verdict import Verdict
 
 from libp2p.pubsub.pb import rpc_pb2  # isort: skip
@@ -35,8 +35,6 @@ from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamEOF,
 log = logging.getLogger(__name__)
 
 PROTOCOL = "/meshsub/1.1.0"
-_WRITE_BYTES = 64 * 1024
-_CONTROL_FRAMES = 128  # waiting for one peer
 _STREAMS_PER_PEER = 4
 _REOPEN_S, _REOPEN_MAX_S = 0.25, 30.0
 
@@ -63,79 +61,6 @@ class _Subscription:
     receive: trio.MemoryReceiveChannel[GossipMessage]
 
 
-class _Link:
-    """What waits to be sent to one peer. Control goes first; of messages the oldest give way."""
-
-    def __init__(self, limits: MeshLimits, now: float) -> None:
-        self.messages_bucket = TokenBucket(limits.messages_per_s, limits.messages_burst, now)
-        self.bytes_bucket = TokenBucket(limits.bytes_per_s, limits.bytes_burst, now)
-        self.inbound_streams = 0
-        self.sending: trio.CancelScope | None = None
-        self.stream: MuxedStream | None = None  # open and announced
-        self.dropped = 0
-        self._limits = limits
-        self._control: deque[bytes] = deque()
-        self._messages: deque[bytes] = deque()
-        self._message_bytes = 0
-        self._filled = trio.Event()
-
-    def push(self, frame: bytes) -> None:
-        """Send a message, or queue it when that would have to wait."""
-        if not self._messages and not self._control and self.stream is not None and self.stream.write_nowait(frame):
-            return
-        self._messages.append(frame)
-        self._message_bytes += len(frame)
-        while len(self._messages) > self._limits.outbound_frames or self._message_bytes > self._limits.outbound_bytes:
-            self._message_bytes -= len(self._messages.popleft())
-            self.dropped += 1
-        self._filled.set()
-
-    def push_control(self, frame: bytes) -> None:
-        """Queue a control frame, ahead of messages."""
-        if len(self._control) < _CONTROL_FRAMES:
-            self._control.append(frame)
-            self._filled.set()
-
-    async def next_batch(self) -> bytes:
-        """Wait for something to send; several frames in one piece."""
-        while not self._control and not self._messages:
-            self._filled = trio.Event()
-            await self._filled.wait()
-        batch: list[bytes] = []
-        size = 0
-        while size < _WRITE_BYTES and (self._control or self._messages):
-            if self._control:
-                frame = self._control.popleft()
-            else:
-                frame = self._messages.popleft()
-                self._message_bytes -= len(frame)
-            size += len(frame)
-            batch.append(frame)
-        return b"".join(batch)
-
-
-class SeenMessages:
-    """Ids of messages seen lately; bounded by number and age."""
-
-    def __init__(self, most: int, keep_s: float) -> None:
-        self._most, self._keep_s = most, keep_s
-        self._seen: OrderedDict[bytes, float] = OrderedDict()
-
-    def __contains__(self, message_id: bytes) -> bool:
-        return message_id in self._seen
-
-    def add(self, message_id: bytes, now: float) -> None:
-        """Remember an id."""
-        self._seen[message_id] = now
-        if len(self._seen) > self._most:
-            self._seen.popitem(last=False)
-
-    def expire(self, now: float) -> None:
-        """Forget what is old."""
-        while self._seen and next(iter(self._seen.values())) < now - self._keep_s:
-            self._seen.popitem(last=False)
-
-
 class Gossip:
     """Publish and subscribe on one network; `run` is its life."""
 
@@ -150,7 +75,7 @@ class Gossip:
         self._router = Router(rng, lambda peer: reputation.mesh_score(peer, trio.current_time()))
         self._seen = SeenMessages(self._limits.seen_messages, self._limits.seen_s)
         self._subscriptions: dict[str, _Subscription] = {}  # by full topic
-        self._links: dict[bytes, _Link] = {}
+        self._links: dict[bytes, Link] = {}
         self._sequence = time.time_ns()  # libp2p starts at seconds: a restarted node repeats ids that its peers know
         self._nursery: trio.Nursery | None = None
         self._worker = trio.CapacityLimiter(1)
@@ -221,7 +146,7 @@ class Gossip:
             self.reroute(connection)  # the newest connection is the one that is surely alive
             return
         assert self._nursery is not None
-        link = self._links[key] = _Link(self._limits, trio.current_time())
+        link = self._links[key] = Link(self._limits, trio.current_time())
         self._router.add_peer(key, outbound=not connection.inbound)
         self._nursery.start_soon(self._send_to, key, link)
 
@@ -231,7 +156,7 @@ class Gossip:
         if link is not None and link.sending is not None:
             link.sending.cancel()
 
-    async def _send_to(self, key: bytes, link: _Link) -> None:
+    async def _send_to(self, key: bytes, link: Link) -> None:
         """Write to a peer for as long as there is a connection, over its newest one."""
         failures = 0
         try:
@@ -249,7 +174,7 @@ class Gossip:
             del self._links[key]
             self._router.remove_peer(key)
 
-    async def _send_over(self, connection: Connection, link: _Link) -> None:
+    async def _send_over(self, connection: Connection, link: Link) -> None:
         """Open the gossip stream and write to it, until it ends or a newer connection is there."""
         stream = connection.muxer.open_stream_nowait()
         try:
@@ -268,7 +193,7 @@ class Gossip:
             link.sending = link.stream = None
             stream.reset_nowait()
 
-    async def _write_batches(self, connection: Connection, stream: MuxedStream, link: _Link) -> None:
+    async def _write_batches(self, connection: Connection, stream: MuxedStream, link: Link) -> None:
         while True:
             batch = await link.next_batch()
             if stream.write_nowait(batch):
@@ -292,7 +217,7 @@ class Gossip:
         except (MuxedStreamEOF, MuxedStreamError):
             scope.cancel()
 
-    def _announce(self, link: _Link) -> None:
+    def _announce(self, link: Link) -> None:
         if self._subscriptions:
             link.push_control(wire.subscriptions_frame(self._subscriptions, True))
 
@@ -316,12 +241,13 @@ class Gossip:
             link.inbound_streams -= 1
             stream.reset_nowait()
 
-    async def _read_frames(self, connection: Connection, stream: MuxedStream, link: _Link) -> None:
+    async def _read_frames(self, connection: Connection, stream: MuxedStream, link: Link) -> None:
         reader = wire.FrameReader(max(1 << 20, 2 * self._limits.message_bytes))
         while True:
-            data = await stream.read(_WRITE_BYTES)
-            received_at = time.time()
-            wait_s = link.bytes_bucket.take(len(data), trio.current_time())
+            data = await stream.read(WRITE_BYTES)
+            now = trio.current_time()
+            received_at = time.time() - (now - stream.waiting_since)  # our own backlog is not the sender's delay
+            wait_s = link.bytes_bucket.take(len(data), now)
             for rpc, _size in reader.feed(data):
                 wait_s = max(wait_s, link.messages_bucket.take(len(rpc.publish), trio.current_time()))
                 await self._on_rpc(connection.key, rpc, received_at)

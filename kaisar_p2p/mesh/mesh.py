@@ -25,7 +25,7 @@ from kaisar_p2p.mesh.negotiation import confirm, proposal
 from kaisar_p2p.mesh.network import Connection, Host, Network
 from kaisar_p2p.mesh.reputation import Reputation
 from kaisar_p2p.mesh.streams import MeshStream
-from kaisar_p2p.mesh.yamux import MuxedStream
+from kaisar_p2p.mesh.yamux_stream import MuxedStream
 
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamError  # isort: skip
 

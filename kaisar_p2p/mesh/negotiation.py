@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kaisar_p2p.errors import RequestFailed
-from kaisar_p2p.mesh.yamux import MuxedStream
+from kaisar_p2p.mesh.yamux_stream import MuxedStream
 
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError, MuxedStreamReset  # isort: skip
 

@@ -27,7 +27,8 @@ from kaisar_p2p.mesh.limits import MeshLimits
 from kaisar_p2p.mesh.negotiation import respond
 from kaisar_p2p.mesh.noise import PROTOCOL_ID as NOISE_ID
 from kaisar_p2p.mesh.noise import NoiseSession, NoiseTransport
-from kaisar_p2p.mesh.yamux import MuxedStream, Muxer, ReceivedBytes
+from kaisar_p2p.mesh.yamux import Muxer
+from kaisar_p2p.mesh.yamux_stream import MuxedStream, ReceivedBytes
 
 from libp2p.abc import IMuxedConn, ISecureConn  # isort: skip
 from libp2p.connection_types import ConnectionType  # isort: skip

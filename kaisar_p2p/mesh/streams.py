@@ -8,7 +8,7 @@ import trio
 
 from kaisar_p2p.errors import RequestFailed
 from kaisar_p2p.mesh.negotiation import confirm, read_exactly
-from kaisar_p2p.mesh.yamux import MuxedStream
+from kaisar_p2p.mesh.yamux_stream import MuxedStream
 
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError, MuxedStreamReset  # isort: skip
 

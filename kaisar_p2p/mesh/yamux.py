@@ -12,276 +12,39 @@ the connection.
 from __future__ import annotations
 
 import logging
-import struct
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from types import TracebackType
 
 import trio
 
 from kaisar_p2p.mesh import compat as _compat  # noqa: F401  (before libp2p)
 from kaisar_p2p.mesh.limits import MeshLimits, TokenBucket
 from kaisar_p2p.mesh.noise import NoiseSession
+from kaisar_p2p.mesh.yamux_stream import (
+    ACK,
+    DATA,
+    FIN,
+    GO_AWAY,
+    HEADER,
+    LARGEST_WINDOW,
+    PING,
+    RST,
+    SYN,
+    WINDOW,
+    MuxedStream,
+    ProtocolViolation,
+    ReceivedBytes,
+)
 
-from libp2p.abc import IMuxedConn, IMuxedStream  # isort: skip
+from libp2p.abc import IMuxedConn  # isort: skip
 from libp2p.connection_types import ConnectionType  # isort: skip
 from libp2p.peer.id import ID  # isort: skip
-from libp2p.stream_muxer.exceptions import (  # isort: skip
-    MuxedConnUnavailable,
-    MuxedStreamEOF,
-    MuxedStreamError,
-    MuxedStreamReset,
-)
+from libp2p.stream_muxer.exceptions import MuxedConnUnavailable  # isort: skip
 from multiaddr import Multiaddr  # isort: skip
 
 log = logging.getLogger(__name__)
 
-_HEADER = struct.Struct("!BBHII")  # version, type, flags, stream id, length
-_DATA, _WINDOW, _PING, _GO_AWAY = 0, 1, 2, 3
-_SYN, _ACK, _FIN, _RST = 1, 2, 4, 8
-_FIRST_WINDOW = 256 * 1024  # given to every stream by the specification
-_LARGEST_WINDOW = 1024 * 1024  # grown to while the reader keeps up
-_FRAME_BYTES = 64 * 1024 - 1
 _QUEUED_BYTES = 512 * 1024  # writers wait above this
 _GROWN_BYTES = 8 * 1024 * 1024  # that the windows of one connection may grow in all
-_SMALL_BACKLOG = 64 * 1024  # a stream with less is not the one to blame when memory runs short
-_LINGER_S = 30.0  # a stream that we closed and the peer did not
-
-
-class ProtocolViolation(Exception):
-    """The peer broke yamux; its connection ends."""
-
-
-@dataclass
-class ReceivedBytes:
-    """Bytes received and not read yet, of all connections of a node together."""
-
-    most: int
-    held: int = 0
-
-    @property
-    def too_many(self) -> bool:
-        """More than the node wants to hold."""
-        return self.held > self.most
-
-
-class MuxedStream(IMuxedStream):
-    """One stream. Reading and writing may happen in different tasks; each write is atomic."""
-
-    def __init__(self, connection: Muxer, stream_id: int) -> None:
-        self.muxed_conn = connection
-        self.stream_id = stream_id
-        self._connection = connection
-        self._received = bytearray()
-        self._window = _FIRST_WINDOW  # size of the receive window
-        self._credit = _FIRST_WINDOW  # what the peer may still send
-        self._allowance = _FIRST_WINDOW  # what we may still send
-        self._eof = self._was_reset = self._closed = False
-        self._counted = True  # in the node's bytes held
-        self._discard_until: float | None = None
-        self._readable: trio.Event | None = None
-        self._writable: trio.Event | None = None
-        self._write_lock = trio.Lock()
-
-    @property
-    def grown(self) -> int:
-        """What the receive window has grown since the stream was opened."""
-        return self._window - _FIRST_WINDOW
-
-    async def read(self, n: int | None = None) -> bytes:
-        """Some bytes, at most `n`; raises MuxedStreamEOF at the end and MuxedStreamReset after a reset."""
-        received = self._received
-        if received:
-            await trio.lowlevel.checkpoint_if_cancelled()
-        while not received:
-            if self._was_reset:
-                raise MuxedStreamReset("the stream was reset")
-            if self._eof or self._discard_until is not None:
-                raise MuxedStreamEOF("the stream has ended")
-            if self._readable is None:
-                self._readable = trio.Event()
-            await self._readable.wait()
-        if n is None or n < 0 or n >= len(received):
-            data = bytes(received)
-            received.clear()
-        else:
-            data = bytes(received[:n])
-            del received[:n]
-        self._uncount(len(data))
-        self._reopen_window()
-        return data
-
-    def _reopen_window(self) -> None:
-        if self._eof or self._was_reset or self._discard_until is not None:
-            return
-        used = self._window - self._credit - len(self._received)
-        if used >= self._window // 2:
-            self._window += self._connection.grow(min(self._window, _LARGEST_WINDOW - self._window))
-            more = self._window - self._credit - len(self._received)
-            self._credit += more
-            self._connection.enqueue(_HEADER.pack(0, _WINDOW, 0, self.stream_id, more))
-
-    async def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Send all of `data`, waiting for the peer's window; raises MuxedStreamError when the stream is over."""
-        await trio.lowlevel.checkpoint_if_cancelled()
-        try:
-            self._write_lock.acquire_nowait()  # the awaited form gives way to other tasks even when it is free
-        except trio.WouldBlock:
-            await self._write_lock.acquire()
-        try:
-            view = memoryview(bytes(data))
-            while view:
-                self._check_writable()
-                if self._allowance <= 0:
-                    await self._wait_for_window()
-                    continue
-                size = min(self._allowance, _FRAME_BYTES, len(view))
-                self._allowance -= size
-                self._connection.enqueue(_HEADER.pack(0, _DATA, 0, self.stream_id, size), view[:size])
-                view = view[size:]
-                await self._connection.drained()
-            self._check_writable()
-        finally:
-            self._write_lock.release()
-
-    def write_nowait(self, data: bytes) -> bool:
-        """Send all of `data` if that needs no waiting; False, and nothing sent, otherwise."""
-        size = len(data)
-        if (
-            size > min(self._allowance, _FRAME_BYTES)
-            or self._closed
-            or self._connection.congested
-            or self._write_lock.locked()
-        ):
-            return False
-        self._allowance -= size
-        self._connection.enqueue(_HEADER.pack(0, _DATA, 0, self.stream_id, size), data)
-        return True
-
-    def _check_writable(self) -> None:
-        if self._was_reset:
-            raise MuxedStreamReset("the stream was reset")
-        if self._closed:
-            raise MuxedStreamError("the stream is closed for sending")
-
-    async def _wait_for_window(self) -> None:
-        if self._writable is None:
-            self._writable = trio.Event()
-        await self._writable.wait()
-
-    async def close_write(self) -> None:
-        """Tell the peer that nothing more comes; reading goes on."""
-        self._send_fin()
-        await trio.lowlevel.checkpoint()
-
-    def _send_fin(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._connection.enqueue(_HEADER.pack(0, _WINDOW, _FIN, self.stream_id, 0))
-            if self._eof:
-                self._connection.forget(self)
-
-    async def close(self) -> None:
-        """Finish sending and read no more; the stream is gone when the peer has finished too, or `_LINGER_S` later."""
-        self._send_fin()
-        if not self._eof and not self._was_reset:
-            self._discard_until = trio.current_time() + _LINGER_S
-        self._drop_received()
-        self.wake()
-        await trio.lowlevel.checkpoint()
-
-    async def reset(self) -> None:
-        """End the stream at once in both directions."""
-        self.reset_nowait()
-        await trio.lowlevel.checkpoint()
-
-    def reset_nowait(self) -> None:
-        """`reset` without a checkpoint."""
-        if not self._was_reset and not (self._closed and self._eof):
-            self._connection.enqueue(_HEADER.pack(0, _WINDOW, _RST, self.stream_id, 0))
-        self.end_reset()
-        self._drop_received()
-
-    def end_reset(self) -> None:
-        """The stream was reset, by either side or with its connection."""
-        self._was_reset = self._closed = True
-        self._connection.forget(self)
-        self.wake()
-
-    def end_received(self) -> None:
-        """The peer finished sending."""
-        self._eof = True
-        if self._closed:
-            self._connection.forget(self)
-        self.wake()
-
-    def accept_data(self, data: bytearray) -> None:
-        """Bytes from the peer, already counted against its window."""
-        if self._discard_until is not None or self._was_reset:
-            return
-        self._received += data
-        memory = self._connection.received
-        memory.held += len(data)
-        if memory.too_many and len(self._received) > _SMALL_BACKLOG:
-            log.warning("stream of %s reset: too much is waiting to be read", self._connection.peer_id)
-            self.reset_nowait()
-        if self._readable is not None:
-            self._readable.set()
-            self._readable = None
-
-    def spend_credit(self, size: int) -> None:
-        """Count `size` bytes against what the peer may send."""
-        self._credit -= size
-        if self._credit < 0:
-            raise ProtocolViolation("data beyond the receive window")
-
-    def add_allowance(self, size: int) -> None:
-        """The peer can take `size` bytes more."""
-        self._allowance = min(self._allowance + size, 1 << 32)
-        if self._writable is not None:
-            self._writable.set()
-            self._writable = None
-
-    def expired(self, now: float) -> bool:
-        """We closed, the peer did not, and it has had its time."""
-        return self._discard_until is not None and now > self._discard_until
-
-    def wake(self) -> None:
-        """Let waiting readers and writers look at the state again."""
-        for event in (self._readable, self._writable):
-            if event is not None:
-                event.set()
-        self._readable = self._writable = None
-
-    def _drop_received(self) -> None:
-        self._uncount(len(self._received))
-        self._received.clear()
-
-    def _uncount(self, size: int) -> None:
-        if self._counted:
-            self._connection.received.held -= size
-
-    def end_with_connection(self) -> None:
-        """The connection is over: what has arrived can be read, but nobody waits for memory because of it."""
-        self._uncount(len(self._received))
-        self._counted = False
-        self.end_reset()
-
-    def set_deadline(self, ttl: int) -> None:
-        """Deadlines are cancel scopes of the caller."""
-        raise NotImplementedError("use trio.fail_after")
-
-    def get_remote_address(self) -> tuple[str, int] | None:
-        """Address and port of the peer."""
-        return self._connection.get_remote_address()
-
-    async def __aenter__(self) -> MuxedStream:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
 
 class Muxer(IMuxedConn):
@@ -398,7 +161,7 @@ class Muxer(IMuxedConn):
         """Say goodbye, give it a moment to leave, and end the connection."""
         if self._scope is None or self._ended:
             return
-        self.enqueue(_HEADER.pack(0, _GO_AWAY, 0, 0, 0))
+        self.enqueue(HEADER.pack(0, GO_AWAY, 0, 0, 0))
         with trio.move_on_after(0.2):
             while self._queue and not self._ended:
                 self._queue_drained = self._queue_drained or trio.Event()
@@ -462,7 +225,7 @@ class Muxer(IMuxedConn):
                 stream.reset_nowait()
             self._ping_id = (self._ping_id + 1) & 0xFFFFFFFF
             self._ping_sent = now
-            self.enqueue(_HEADER.pack(0, _PING, _SYN, 0, self._ping_id))
+            self.enqueue(HEADER.pack(0, PING, SYN, 0, self._ping_id))
 
     # -- receiving ----------------------------------------------------------------------------------------------------
 
@@ -495,24 +258,24 @@ class Muxer(IMuxedConn):
                 self._finish_flags(self._body_stream, self._body_flags)
             if size - offset < 12:
                 break
-            self._read_header(*_HEADER.unpack_from(data, offset))
+            self._read_header(*HEADER.unpack_from(data, offset))
             offset += 12
         self.received_bytes += offset
         return offset
 
     def _read_header(self, version: int, kind: int, flags: int, stream_id: int, length: int) -> None:
-        if version != 0 or kind > _GO_AWAY:
+        if version != 0 or kind > GO_AWAY:
             raise ProtocolViolation(f"frame of version {version} and type {kind}")
-        if kind == _PING:
+        if kind == PING:
             self._on_ping(flags, length)
-        elif kind == _GO_AWAY:
+        elif kind == GO_AWAY:
             raise ProtocolViolation("the peer said goodbye")
         else:
-            stream = self._accept(stream_id) if flags & _SYN else self._streams.get(stream_id)
-            if kind == _DATA:
+            stream = self._accept(stream_id) if flags & SYN else self._streams.get(stream_id)
+            if kind == DATA:
                 if stream is not None:
                     stream.spend_credit(length)
-                elif length > _LARGEST_WINDOW:
+                elif length > LARGEST_WINDOW:
                     raise ProtocolViolation("data beyond any window")
                 self._body_left, self._body_stream, self._body_flags = length, stream, flags
                 if not length:
@@ -525,15 +288,15 @@ class Muxer(IMuxedConn):
     def _finish_flags(self, stream: MuxedStream | None, flags: int) -> None:
         if stream is None:
             return
-        if flags & _RST:
+        if flags & RST:
             stream.end_reset()
-        elif flags & _FIN:
+        elif flags & FIN:
             stream.end_received()
 
     def _on_ping(self, flags: int, value: int) -> None:
-        if flags & _SYN:
-            self.enqueue(_HEADER.pack(0, _PING, _ACK, 0, value))
-        elif flags & _ACK and value == self._ping_id:
+        if flags & SYN:
+            self.enqueue(HEADER.pack(0, PING, ACK, 0, value))
+        elif flags & ACK and value == self._ping_id:
             self.rtt_s = trio.current_time() - self._ping_sent
 
     # -- streams ------------------------------------------------------------------------------------------------------
@@ -545,17 +308,17 @@ class Muxer(IMuxedConn):
         assert self._opens is not None
         allowed = self._opens.try_take(1, trio.current_time())
         if not allowed or self._inbound >= self._limits.streams_per_connection:
-            self.enqueue(_HEADER.pack(0, _WINDOW, _RST, stream_id, 0))
+            self.enqueue(HEADER.pack(0, WINDOW, RST, stream_id, 0))
             return None
         stream = MuxedStream(self, stream_id)
         try:
             self._accept_send.send_nowait(stream)
         except (trio.WouldBlock, trio.BrokenResourceError):
-            self.enqueue(_HEADER.pack(0, _WINDOW, _RST, stream_id, 0))
+            self.enqueue(HEADER.pack(0, WINDOW, RST, stream_id, 0))
             return None
         self._streams[stream_id] = stream
         self._inbound += 1
-        self.enqueue(_HEADER.pack(0, _WINDOW, _ACK, stream_id, 0))
+        self.enqueue(HEADER.pack(0, WINDOW, ACK, stream_id, 0))
         return stream
 
     def grow(self, size: int) -> int:
@@ -598,7 +361,7 @@ class Muxer(IMuxedConn):
         stream = MuxedStream(self, self._next_id)
         self._next_id += 2
         self._streams[stream.stream_id] = stream
-        self.enqueue(_HEADER.pack(0, _WINDOW, _SYN, stream.stream_id, 0))
+        self.enqueue(HEADER.pack(0, WINDOW, SYN, stream.stream_id, 0))
         return stream
 
     async def accept_stream(self) -> MuxedStream:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+import time
 
 import pytest
 import trio
@@ -136,6 +137,31 @@ async def test_a_heavy_validator_runs_in_a_thread_and_sees_what_a_light_one_sees
     assert light_arguments[:3] == (b"1", a.key, a.key)
     assert heavy_arguments[:3] == (b"2", a.key, a.key)
     assert isinstance(heavy_arguments[3], float)
+
+
+async def test_a_message_is_judged_by_when_it_arrived_not_by_when_we_got_round_to_it(lab) -> None:
+    a, b = await lab.pair()
+    busy, judged = threading.Event(), []
+
+    def validate(data: bytes, _sender: bytes, _author: bytes, received_at: float) -> tuple[Verdict, str]:
+        judged.append((received_at, time.time()))
+        busy.wait(10)
+        return Verdict.ACCEPT, ""
+
+    a.subscribe("heavy", accept)
+    channel = b.subscribe("heavy", validate, heavy=True)
+    await eventually(lambda: b.key in a.subscribers("heavy"))
+    await a.publish("heavy", b"first")
+    await eventually(lambda: len(judged) == 1)
+    await a.publish("heavy", b"second")
+    await eventually(lambda: b._network.connection_to(a.key).muxer.received.held > 0)
+    arrived = trio.current_time()
+    await eventually(lambda: trio.current_time() > arrived + 0.3)
+    busy.set()
+    await receive(channel)
+    await receive(channel)
+    received_at, judged_at = judged[1]
+    assert judged_at - received_at >= 0.3
 
 
 async def test_a_slow_consumer_loses_the_oldest_and_holds_up_nobody(lab) -> None:
