@@ -32,6 +32,9 @@ class Containers:
         """Adopt what an earlier run of this node started, then watch; until cancelled."""
         async with trio.open_nursery() as nursery:
             for status in await self.runtime.containers():
+                if status.phase == "created":  # the start was cut short: the lease's machine starts it again
+                    await self.stop(bytes.fromhex(status.lease))
+                    continue
                 log.info("found container %s again (%s)", status.lease[:8], status.phase)
                 nursery.start_soon(self._watch, status.lease, tuple(port for port, _ in status.ports))
             task_status.started()

@@ -15,7 +15,7 @@ from protocols.deploy import OPEN
 from protocols.epochs import EpochBody, LeaseLeaf
 from protocols.interpreter.calls import LeaseSettle, payload_of
 from protocols.interpreter.state import ORDER_CLOSED, OrderState, State
-from protocols.proofs import prove_lease
+from protocols.proofs import NothingToProve, prove_lease
 
 CLIENT_PATIENCE_BLOCKS = 3
 
@@ -53,7 +53,10 @@ class Claims:
         for leaf in body.leases:
             order = mine.get(leaf.order_id)
             if order is not None and self._should_settle(order, leaf, state):
-                proof = prove_lease(body, leaf.order_id, state.network)
+                try:
+                    proof = prove_lease(body, leaf.order_id, state.network)
+                except NothingToProve:  # a tree too large for a proof: the next epoch's may not be
+                    continue
                 key = f"settle/{leaf.order_id.hex()}/{body.epoch}"
                 actions.append(Submit(key, payload_of(LeaseSettle(proof))))
         return actions

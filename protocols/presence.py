@@ -67,12 +67,12 @@ class Presence:
         self._published = self._situation(state)
         issued_ms, leases = int(now * 1000), self._leases(state)
         worker = state.workers.get(self.keys.public_key)
-        if worker is None or worker.status == RETIRED:
+        if worker is None or worker.status == RETIRED or not self.runtime:  # without a runtime, there is no offer
             heartbeat = Heartbeat(self.keys.public_key, issued_ms, self.roles, 0, 0)
             return [Publish("heartbeat", seal(heartbeat, self.keys, state.network))]
         free = free_of(state, self.keys.public_key, worker.spec)
-        cores = max(1, worker.spec.cpu_cores)
-        workload = PERMILLE * (cores - free.cpu_cores) // cores
+        cores = worker.spec.cpu_cores
+        workload = PERMILLE * (cores - free.cpu_cores) // max(1, cores)
         advert = WorkerAdvert(
             worker=self.keys.public_key,
             owner=self.owner,

@@ -151,6 +151,8 @@ class ProcessRuntime:
             keeper = _keeper(directory)
             if keeper is not None:
                 await _wait_gone(keeper, 60.0)
+            else:  # not started yet, or its end is being written
+                await trio.sleep(POLL_S)
 
     async def logs(self, lease: str, *, follow: bool, tail_bytes: int) -> AsyncIterator[bytes]:
         """Output and errors in one stream."""
