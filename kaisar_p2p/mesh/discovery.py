@@ -18,8 +18,9 @@ import trio
 
 from kaisar_p2p.errors import DecodeError, MeshError, PeerUnreachable
 from kaisar_p2p.mesh.addresses import Address, AddressBook
+from kaisar_p2p.mesh.connection import Connection
 from kaisar_p2p.mesh.limits import MeshLimits
-from kaisar_p2p.mesh.network import Connection, Network
+from kaisar_p2p.mesh.network import Network
 from kaisar_p2p.mesh.streams import MeshStream
 from kaisar_p2p.wire.codec import AtMost, Count, Exactly, decode, encode, message
 

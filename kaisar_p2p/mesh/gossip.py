@@ -20,11 +20,12 @@ from nacl.signing import SigningKey
 
 from kaisar_p2p.errors import LimitExceeded, RequestFailed
 from kaisar_p2p.mesh import gossip_wire as wire
+from kaisar_p2p.mesh.connection import Connection
 from kaisar_p2p.mesh.gossip_link import WRITE_BYTES, Link, SeenMessages
 from kaisar_p2p.mesh.gossip_router import MAX_OFFERED_IDS, MAX_TOPICS_PER_PEER, Control, Router
 from kaisar_p2p.mesh.gossip_wire import MalformedGossip, Published
 from kaisar_p2p.mesh.negotiation import confirm, proposal
-from kaisar_p2p.mesh.network import Connection, Network
+from kaisar_p2p.mesh.network import Network
 from kaisar_p2p.mesh.reputation import IMPATIENT_POINTS, REJECTED_POINTS, Reputation
 from kaisar_p2p.mesh.yamux_stream import MuxedStream
 from kaisar_p2p.wire.verdict import Verdict

@@ -17,12 +17,14 @@ from nacl.signing import SigningKey
 from kaisar_p2p.errors import MeshError, PeerUnreachable, RequestFailed
 from kaisar_p2p.mesh import discovery
 from kaisar_p2p.mesh.addresses import Address, AddressBook, local_addresses, parse, with_peer
+from kaisar_p2p.mesh.connection import Connection
 from kaisar_p2p.mesh.discovery import Discovery
 from kaisar_p2p.mesh.gossip import Gossip, GossipMessage, Validator
+from kaisar_p2p.mesh.host import Host
 from kaisar_p2p.mesh.ids import key_pair_of
 from kaisar_p2p.mesh.limits import MeshConfig, PeerBuckets
 from kaisar_p2p.mesh.negotiation import confirm, proposal
-from kaisar_p2p.mesh.network import Connection, Host, Network
+from kaisar_p2p.mesh.network import Network
 from kaisar_p2p.mesh.reputation import Reputation
 from kaisar_p2p.mesh.streams import MeshStream
 from kaisar_p2p.mesh.yamux_stream import MuxedStream

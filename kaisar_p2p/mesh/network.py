@@ -14,90 +14,47 @@ can reach is overridden here, and only here. The library, as of 0.8.1:
 from __future__ import annotations
 
 import logging
-from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import trio
 
 from kaisar_p2p.errors import ConfigError, PeerUnreachable, PortUnavailable
 from kaisar_p2p.mesh.addresses import Address, parse
+from kaisar_p2p.mesh.connection import YAMUX_ID, Connection, StreamHandler, TcpStream
 from kaisar_p2p.mesh.ids import id_of, key_of
 from kaisar_p2p.mesh.limits import MeshLimits
-from kaisar_p2p.mesh.negotiation import respond
 from kaisar_p2p.mesh.noise import PROTOCOL_ID as NOISE_ID
 from kaisar_p2p.mesh.noise import NoiseSession, NoiseTransport
 from kaisar_p2p.mesh.yamux import Muxer
-from kaisar_p2p.mesh.yamux_stream import MuxedStream, ReceivedBytes
+from kaisar_p2p.mesh.yamux_stream import ReceivedBytes
 
 from libp2p.abc import IMuxedConn, ISecureConn  # isort: skip
-from libp2p.connection_types import ConnectionType  # isort: skip
 from libp2p.crypto.keys import KeyPair  # isort: skip
-from libp2p.custom_types import TProtocol  # isort: skip
-from libp2p.host.basic_host import BasicHost  # isort: skip
-from libp2p.host.ping import ID as PING_ID  # isort: skip
-from libp2p.host.ping import PingService  # isort: skip
-from libp2p.identity.identify.identify import ID as IDENTIFY_ID  # isort: skip
-from libp2p.identity.identify.identify import identify_handler_for  # isort: skip
-from libp2p.io.exceptions import ConnectionClosedError  # isort: skip
-from libp2p.io.trio import TrioTCPStream  # isort: skip
 from libp2p.network.config import ConnectionConfig  # isort: skip
 from libp2p.network.connection.raw_connection import RawConnection  # isort: skip
 from libp2p.network.connection.swarm_connection import SwarmConn  # isort: skip
 from libp2p.network.exceptions import SwarmException  # isort: skip
-from libp2p.network.stream.net_stream import NetStream, StreamState  # isort: skip
 from libp2p.network.swarm import Swarm  # isort: skip
 from libp2p.peer.id import ID  # isort: skip
 from libp2p.peer.peerstore import PeerStore  # isort: skip
-from libp2p.rcmgr import Direction  # isort: skip
-from libp2p.stream_muxer.exceptions import MuxedConnUnavailable  # isort: skip
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream  # isort: skip
 from libp2p.transport.upgrader import TransportUpgrader  # isort: skip
 from multiaddr import Multiaddr  # isort: skip
 
 log = logging.getLogger(__name__)
 
-_YAMUX_ID = TProtocol("/yamux/1.0.0")
 _BACKLOG = 128
 _RETIRED_S = 10.0
 _ANY_ADDRESS = Multiaddr("/ip4/0.0.0.0/tcp/0")  # the library only logs it
-
-StreamHandler = Callable[["Connection", MuxedStream], Awaitable[None]]
-
-
-class TcpStream(TrioTCPStream):
-    """The library's TCP stream, with an answer for IPv6 and without its locks: a session has one reader, one writer."""
-
-    async def read(self, n: int | None = None) -> bytes:
-        """Some bytes, b"" at the end; raises ConnectionClosedError."""
-        try:
-            return bytes(await self.stream.receive_some(n))
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise ConnectionClosedError(f"the TCP connection broke: {error}") from None
-
-    async def write(self, data: bytes) -> None:
-        """Send all of `data`; raises ConnectionClosedError."""
-        try:
-            await self.stream.send_all(data)
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise ConnectionClosedError(f"the TCP connection broke: {error}") from None
-
-    def get_remote_address(self) -> tuple[str, int] | None:
-        """Address and port of the peer."""
-        if self._cached_remote_address is None:
-            try:
-                host, port = self.stream.socket.getpeername()[:2]
-            except OSError:
-                return None
-            self._cached_remote_address = (str(host), int(port))
-        return self._cached_remote_address
 
 
 class _MuxerSelection(MuxerMultistream):
     """Our yamux; the library's version constructs its own whatever it was given."""
 
     def __init__(self, limits: MeshLimits) -> None:
-        super().__init__({_YAMUX_ID: Muxer}, negotiate_timeout=int(limits.negotiation_s))
+        super().__init__({YAMUX_ID: Muxer}, negotiate_timeout=int(limits.negotiation_s))
         self._limits = limits
         self._received = ReceivedBytes(limits.buffered_bytes)
 
@@ -114,77 +71,6 @@ class _Upgrader(TransportUpgrader):
     def __init__(self, key_pair: KeyPair, limits: MeshLimits) -> None:
         super().__init__({NOISE_ID: NoiseTransport(key_pair)}, {})
         self.muxer_multistream = _MuxerSelection(limits)
-
-
-class Connection(SwarmConn):
-    """An authenticated connection and the tasks of its streams; `run` is its whole life."""
-
-    swarm: Network
-
-    def __init__(self, muxer: Muxer, network: Network, *, inbound: bool, key: bytes) -> None:
-        # Not SwarmConn.__init__: it logs to the root logger, which then prints everything of every library.
-        self.muxed_conn = muxer
-        self.muxer = muxer
-        self.swarm = network
-        self.streams = set()
-        self.event_closed, self.event_started = trio.Event(), trio.Event()
-        self._created_at = trio.current_time()
-        self._resource_scope = None
-        self._direction = Direction.INBOUND if inbound else Direction.OUTBOUND
-        self._actual_transport_addresses = muxer.get_transport_addresses()
-        self._connection_type = ConnectionType.DIRECT
-        self._negotiated_security_protocol = str(NOISE_ID)
-        self._negotiated_muxer_protocol = str(_YAMUX_ID)
-        self.key = key
-        self.inbound = inbound
-        self.retired = False  # another connection with the same peer takes over
-        self.instance: bytes | None = None  # of the peer's process, told in the peer exchange
-        self.since = self._created_at
-        self.address: Address | None = None  # that we dialed
-
-    @property
-    def remote_host(self) -> str:
-        """IP address of the other end, "" when it is gone."""
-        address = self.muxer.get_remote_address()
-        return address[0] if address else ""
-
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Live until either side closes; never raises but for cancellation."""
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self.muxer.start)
-                await self.muxer.event_started.wait()
-                self.event_started.set()
-                self.swarm.register(self)
-                task_status.started()
-                nursery.start_soon(self._accept_streams, nursery)
-                await self.muxer.event_closed.wait()
-                nursery.cancel_scope.cancel()
-        finally:
-            self.event_closed.set()
-            self.swarm.remove_conn(self)
-
-    async def _accept_streams(self, nursery: trio.Nursery) -> None:
-        while True:
-            try:
-                nursery.start_soon(self._handle, await self.muxer.accept_stream())
-            except MuxedConnUnavailable:
-                return
-
-    async def _handle(self, stream: MuxedStream) -> None:
-        """One inbound stream. Nothing that it does, and no bug of its handler, leaves this task."""
-        try:
-            with trio.fail_after(self.swarm.limits.negotiation_s):
-                protocol = await respond(stream, self.swarm.handlers.__contains__)
-            await self.swarm.handlers[protocol](self, stream)
-        except Exception as error:  # noqa: BLE001  (the edge of the stream's task)
-            log.debug("stream from %s ends: %r", self.muxer.peer_id, error)
-            stream.reset_nowait()
-
-    async def close(self) -> None:
-        """Close politely; `run` does the rest."""
-        with trio.CancelScope(shield=True):
-            await self.muxer.close()
 
 
 class Network(Swarm):
@@ -431,32 +317,3 @@ async def _bind(text: str) -> list[trio.SocketListener]:
 def _bound_address(listener: trio.SocketListener) -> Address:
     host, port = listener.socket.getsockname()[:2]
     return Address("ip6" if ":" in host else "ip4", host, port)
-
-
-class Host(BasicHost):
-    """The library's host on our network: serves identify and ping, does nothing by itself."""
-
-    def __init__(self, network: Network, addresses: Callable[[], tuple[str, ...]]) -> None:
-        self._addresses = addresses
-        ping = PingService(self).handle_ping
-        super().__init__(
-            network, default_protocols=OrderedDict({PING_ID: ping}), disable_identify_address_discovery=True
-        )
-        network.notifees.clear()  # it would identify every peer, in a task whose failure ends the program
-        self._libp2p = {str(IDENTIFY_ID): identify_handler_for(self), str(PING_ID): ping}
-        for protocol in self._libp2p:
-            network.handlers[protocol] = partial(self._serve, protocol)
-
-    def get_addrs(self) -> list[Multiaddr]:
-        """What identify tells."""
-        return [Multiaddr(text) for text in self._addresses()]
-
-    def get_transport_addrs(self) -> list[Multiaddr]:
-        """As `get_addrs`; our network has no listener objects of the library."""
-        return self.get_addrs()
-
-    async def _serve(self, protocol: str, connection: Connection, stream: MuxedStream) -> None:
-        net_stream = NetStream(stream, connection, None)
-        await net_stream.set_state(StreamState.OPEN)
-        net_stream.set_protocol(TProtocol(protocol))
-        await self._libp2p[protocol](net_stream)

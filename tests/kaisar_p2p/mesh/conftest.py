@@ -8,8 +8,9 @@ import pytest
 import trio
 
 from kaisar_p2p.mesh import Mesh, MeshConfig, MeshLimits, open_mesh
+from kaisar_p2p.mesh.connection import Connection
 from kaisar_p2p.mesh.ids import key_pair_of
-from kaisar_p2p.mesh.network import Connection, Network
+from kaisar_p2p.mesh.network import Network
 from kaisar_p2p.wire.verdict import Verdict
 
 FAST = MeshLimits(heartbeat_s=0.1, keepalive_s=1.0, exchange_s=0.5)

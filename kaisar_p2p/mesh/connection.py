@@ -1,0 +1,131 @@
+"""An authenticated connection with one peer, and the TCP stream below it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+import trio
+
+from kaisar_p2p.mesh.addresses import Address
+from kaisar_p2p.mesh.negotiation import respond
+from kaisar_p2p.mesh.noise import PROTOCOL_ID as NOISE_ID
+from kaisar_p2p.mesh.yamux import Muxer
+from kaisar_p2p.mesh.yamux_stream import MuxedStream
+
+from libp2p.connection_types import ConnectionType  # isort: skip
+from libp2p.custom_types import TProtocol  # isort: skip
+from libp2p.io.exceptions import ConnectionClosedError  # isort: skip
+from libp2p.io.trio import TrioTCPStream  # isort: skip
+from libp2p.network.connection.swarm_connection import SwarmConn  # isort: skip
+from libp2p.rcmgr import Direction  # isort: skip
+from libp2p.stream_muxer.exceptions import MuxedConnUnavailable  # isort: skip
+
+if TYPE_CHECKING:
+    from kaisar_p2p.mesh.network import Network
+
+log = logging.getLogger(__name__)
+
+YAMUX_ID = TProtocol("/yamux/1.0.0")
+
+StreamHandler = Callable[["Connection", MuxedStream], Awaitable[None]]
+
+
+class TcpStream(TrioTCPStream):
+    """The library's TCP stream, with an answer for IPv6 and without its locks: a session has one reader, one writer."""
+
+    async def read(self, n: int | None = None) -> bytes:
+        """Some bytes, b"" at the end; raises ConnectionClosedError."""
+        try:
+            return bytes(await self.stream.receive_some(n))
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise ConnectionClosedError(f"the TCP connection broke: {error}") from None
+
+    async def write(self, data: bytes) -> None:
+        """Send all of `data`; raises ConnectionClosedError."""
+        try:
+            await self.stream.send_all(data)
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise ConnectionClosedError(f"the TCP connection broke: {error}") from None
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        """Address and port of the peer."""
+        if self._cached_remote_address is None:
+            try:
+                host, port = self.stream.socket.getpeername()[:2]
+            except OSError:
+                return None
+            self._cached_remote_address = (str(host), int(port))
+        return self._cached_remote_address
+
+
+class Connection(SwarmConn):
+    """An authenticated connection and the tasks of its streams; `run` is its whole life."""
+
+    swarm: Network
+
+    def __init__(self, muxer: Muxer, network: Network, *, inbound: bool, key: bytes) -> None:
+        # Not SwarmConn.__init__: it logs to the root logger, which then prints everything of every library.
+        self.muxed_conn = muxer
+        self.muxer = muxer
+        self.swarm = network
+        self.streams = set()
+        self.event_closed, self.event_started = trio.Event(), trio.Event()
+        self._created_at = trio.current_time()
+        self._resource_scope = None
+        self._direction = Direction.INBOUND if inbound else Direction.OUTBOUND
+        self._actual_transport_addresses = muxer.get_transport_addresses()
+        self._connection_type = ConnectionType.DIRECT
+        self._negotiated_security_protocol = str(NOISE_ID)
+        self._negotiated_muxer_protocol = str(YAMUX_ID)
+        self.key = key
+        self.inbound = inbound
+        self.retired = False  # another connection with the same peer takes over
+        self.instance: bytes | None = None  # of the peer's process, told in the peer exchange
+        self.since = self._created_at
+        self.address: Address | None = None  # that we dialed
+
+    @property
+    def remote_host(self) -> str:
+        """IP address of the other end, "" when it is gone."""
+        address = self.muxer.get_remote_address()
+        return address[0] if address else ""
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Live until either side closes; never raises but for cancellation."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.muxer.start)
+                await self.muxer.event_started.wait()
+                self.event_started.set()
+                self.swarm.register(self)
+                task_status.started()
+                nursery.start_soon(self._accept_streams, nursery)
+                await self.muxer.event_closed.wait()
+                nursery.cancel_scope.cancel()
+        finally:
+            self.event_closed.set()
+            self.swarm.remove_conn(self)
+
+    async def _accept_streams(self, nursery: trio.Nursery) -> None:
+        while True:
+            try:
+                nursery.start_soon(self._handle, await self.muxer.accept_stream())
+            except MuxedConnUnavailable:
+                return
+
+    async def _handle(self, stream: MuxedStream) -> None:
+        """One inbound stream. Nothing that it does, and no bug of its handler, leaves this task."""
+        try:
+            with trio.fail_after(self.swarm.limits.negotiation_s):
+                protocol = await respond(stream, self.swarm.handlers.__contains__)
+            await self.swarm.handlers[protocol](self, stream)
+        except Exception as error:  # noqa: BLE001  (the edge of the stream's task)
+            log.debug("stream from %s ends: %r", self.muxer.peer_id, error)
+            stream.reset_nowait()
+
+    async def close(self) -> None:
+        """Close politely; `run` does the rest."""
+        with trio.CancelScope(shield=True):
+            await self.muxer.close()
