@@ -51,13 +51,19 @@ class Chain:
         self.anchor_proofs: dict[int, AnchorProof] = {}
 
     async def run(self) -> None:
-        """Apply every finalized block, from the beginning; until cancelled."""
+        """Apply every finalized block, from the beginning; until cancelled.
+
+        What was final before we started is not live, however young it is: it happened to an earlier run of this node,
+        and acting on a state that is not the newest would repeat what is done, such as buying a licence.
+        """
+        tip = (await self.ledger.finalized()).number
         async with aclosing(self.ledger.follow(None)) as blocks:
             async for block in blocks:
                 self.state, events = apply(self.state, block)
                 self._remember_outcomes(events)
                 self._remember_anchors(block, events)
-                live = self._clock.now() - block.time_ms / 1000 < max(LIVE_LAG_S, 4 * self.state.params.slot_ms / 1000)
+                age_s = self._clock.now() - block.time_ms / 1000
+                live = block.number >= tip and age_s < max(LIVE_LAG_S, 4 * self.state.params.slot_ms / 1000)
                 if live or await self._is_recent(block.number):
                     await self._inbox.put_patiently(Lane.BLOCK, BlockApplied(self.state, events, live))
                 self._advanced.set()
