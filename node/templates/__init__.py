@@ -48,5 +48,5 @@ def template(name: str) -> Template:
 
 def _parse(file: str, text: str) -> Template:
     plain: dict[str, Any] = tomllib.loads(text)
-    lists = {key: tuple(plain.pop(key)) for key in ("command", "ports")}
-    return Template(name=file.removesuffix(".toml"), **lists, **plain)
+    command, ports = tuple(plain.pop("command")), tuple(plain.pop("ports"))
+    return Template(name=file.removesuffix(".toml"), command=command, ports=ports, **plain)
