@@ -168,7 +168,7 @@ class TestSmallNetwork:
 
 
 class TestWrongWorker:
-    """A provider that computes one tile of every check wrongly."""
+    """A provider that computes half of every check wrongly."""
 
     NETWORK = "wrong"
 
