@@ -33,7 +33,8 @@ COUNTED, REFUSED = b"\x01", b"\x00"
 """The one frame that answers a vote."""
 VOTE_DEADLINE_S = 3.0
 RETRY_S = 0.4
-MAX_ATTEMPTS = 4
+MAX_ATTEMPTS = 6
+"""Over 12 s: an aggregator that is two mainnet blocks behind still counts the vote."""
 PATIENCE_S = 2.5
 AGGREGATORS = 2
 MAX_AGGREGATORS = 6

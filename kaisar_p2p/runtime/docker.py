@@ -139,7 +139,7 @@ class DockerRuntime:
 
     def _find(self, lease: str | None = None) -> list[Any]:
         labels = [f"{NODE_LABEL}={self._node_id}", LEASE_LABEL if lease is None else f"{LEASE_LABEL}={lease}"]
-        return list(self._client.containers.list(all=True, filters={"label": labels}))
+        return list(self._client.containers.list(all=True, filters={"label": labels}, ignore_removed=True))
 
     async def status(self, lease: str) -> ContainerStatus | None:
         """As the engine knows it."""

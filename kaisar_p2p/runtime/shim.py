@@ -135,6 +135,10 @@ class Keeper:
         self._asked = 0
         self._code: int | None = None
         self._look_at = self._disk_at = 0.0
+        self._woken, wake = os.pipe()
+        os.set_blocking(wake, False)
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)  # ends a wait when a child has ended
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
         signal.signal(signal.SIGTERM, self._on_term)
         for number in (signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
@@ -149,9 +153,8 @@ class Keeper:
                 self._write(f"[kaisar] stopped: {why}\n".encode())
                 self._kill_all()
         self._kill_all()
-        for _ in range(20):  # what is left in the pipe
-            if not self._copy(0.05):
-                break
+        while self._output >= 0 and self._copy(0.05):  # what is left in the pipe
+            pass
         path = os.path.join(self._directory, "exit")
         with open(path + ".new", "w", encoding="ascii") as file:
             file.write(str(self._code))
@@ -167,10 +170,11 @@ class Keeper:
 
     def _copy(self, wait_s: float) -> bool:
         """Copy what the program wrote within `wait_s`; False when there was nothing, or the pipe is closed."""
-        if self._output < 0:
-            time.sleep(wait_s)
-            return False
-        if not select.select([self._output], [], [], wait_s)[0]:
+        sources = [self._woken] if self._output < 0 else [self._woken, self._output]
+        readable = select.select(sources, [], [], wait_s)[0]
+        if self._woken in readable:
+            os.read(self._woken, 4096)
+        if self._output not in readable:
             return False
         data = os.read(self._output, 65536)
         if not data:

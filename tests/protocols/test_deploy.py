@@ -124,6 +124,7 @@ class Peer:
     make: Callable[[Peer], list[Machine]]
     up: bool = True
     deaf: bool = False
+    lag_s: float = 0.0
     machines: list[Machine] = field(default_factory=list)
     duties: dict[str, bytes] = field(default_factory=dict)
     items: dict[str, dict[bytes, bytes]] = field(default_factory=dict)
@@ -223,8 +224,12 @@ class World:
                 told.append(OrderEnded(order_id))
         self.to_cancel.clear()
         self.state = state
+        applied = BlockApplied(state, tuple(told))
         for peer in self.peers:
-            self.feed(peer, BlockApplied(state, tuple(told)))
+            if peer.lag_s:
+                self.later(peer.lag_s, lambda peer=peer: self.feed(peer, applied))
+            else:
+                self.feed(peer, applied)
         if again:
             self.later(BLOCK_S, self.next_block)
 
@@ -542,6 +547,18 @@ def test_two_dead_aggregators_do_not_stop_a_lease(world: World) -> None:
     assert running(world) == order_id
     world.run(3 * SLOT_S)
     assert world.windows(UP)
+
+
+def test_aggregators_that_are_blocks_behind_count_the_votes_later(world: World) -> None:
+    order_id = sha256((0).to_bytes(32, "big")).digest()
+    world.count = itertools.count()
+    ranked = aggregators(tuple(keys.public_key for keys in SEATS), order_id, NETWORK)
+    for seat in world.seats:
+        seat.lag_s = 4.0 if seat.keys.public_key in ranked[:2] else 3.0
+    world.worker.lag_s = 3.5
+    assert running(world) == order_id
+    world.run(4 * SLOT_S)
+    assert len(world.windows(UP)) >= 2
 
 
 def test_two_orders_at_once_do_not_mix(world: World) -> None:

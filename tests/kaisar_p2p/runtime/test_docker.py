@@ -115,8 +115,8 @@ class FakeEngine:
         self.made.append(container)
         return container
 
-    def _list(self, all: bool, filters: dict[str, list[str]]) -> list[FakeContainer]:
-        assert all
+    def _list(self, all: bool, filters: dict[str, list[str]], ignore_removed: bool = False) -> list[FakeContainer]:
+        assert all and ignore_removed
 
         def has(labels: dict[str, str], wanted: str) -> bool:
             name, _, value = wanted.partition("=")
