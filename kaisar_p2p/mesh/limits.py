@@ -19,8 +19,8 @@ class MeshLimits:
     messages_burst: int = 1000
     bytes_per_s: float = 4 * 1024 * 1024  # gossip bytes of one peer, sustained
     bytes_burst: int = 16 * 1024 * 1024
-    request_bytes: int = 4 * 1024 * 1024  # upper bound of any frame limit that a caller may ask for
-    streams_per_connection: int = 64  # that a peer may have open towards us
+    request_bytes: int = 16 * 1024 * 1024  # upper bound of any frame limit that a caller may ask for
+    streams_per_connection: int = 256  # that a peer may have open towards us
     opens_per_s: float = 300.0  # streams that a peer may open, sustained
     opens_burst: int = 600
     connections: int = 160

@@ -14,7 +14,7 @@ from functools import partial
 import trio
 from nacl.signing import SigningKey
 
-from kaisar_p2p.errors import MeshError, PeerUnreachable, RequestFailed
+from kaisar_p2p.errors import LimitExceeded, MeshError, PeerUnreachable, RequestFailed
 from kaisar_p2p.mesh import discovery
 from kaisar_p2p.mesh.addresses import Address, AddressBook, local_addresses, parse, with_peer
 from kaisar_p2p.mesh.connection import Connection
@@ -245,6 +245,7 @@ class Mesh:
         A peer may have `per_peer` of them open and open `rate_per_s` a second (twice that at once); more are reset.
         The stream is closed when the handler returns, and reset, with a log entry, when it raises.
         """
+        self._check_frame_limit(max_frame_bytes)
         rate = PeerBuckets(rate_per_s, max(2 * rate_per_s, 1))
         service = _Service(handler, max_frame_bytes, per_peer, rate)
         self._network.handlers[protocol] = partial(self._serve, protocol, service)
@@ -277,10 +278,16 @@ class Mesh:
         """
         try:
             with trio.fail_after(timeout_s):
+                self._check_frame_limit(max_frame_bytes)
                 connection = await self._connect(peer)
                 return await self._open(connection, protocol, max_frame_bytes)
         except trio.TooSlowError:
             raise RequestFailed(f"peer {peer.hex()[:12]} did not open {protocol} within {timeout_s} s") from None
+
+    def _check_frame_limit(self, max_frame_bytes: int) -> None:
+        most = self.config.limits.request_bytes
+        if max_frame_bytes > most:
+            raise LimitExceeded(f"frames of {max_frame_bytes} bytes exceed {most}", hint="raise limits.request_bytes")
 
     async def _open(self, connection: Connection, protocol: str, max_frame_bytes: int) -> MeshStream:
         stream = self._propose(connection)
@@ -300,6 +307,7 @@ class Mesh:
         """Send one frame, receive one frame, all within `deadline_s`. Raises PeerUnreachable or RequestFailed."""
         try:
             with trio.fail_after(deadline_s):
+                self._check_frame_limit(max(len(payload), max_reply_bytes))
                 return await self._request_on(await self._connect(peer), protocol, payload, max_reply_bytes)
         except trio.TooSlowError:
             raise RequestFailed(f"peer {peer.hex()[:12]} did not answer {protocol} within {deadline_s} s") from None

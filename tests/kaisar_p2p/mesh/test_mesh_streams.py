@@ -6,7 +6,7 @@ import time
 import pytest
 import trio
 
-from kaisar_p2p.errors import ConfigError, PeerUnreachable, PortUnavailable, RequestFailed
+from kaisar_p2p.errors import ConfigError, LimitExceeded, PeerUnreachable, PortUnavailable, RequestFailed
 from kaisar_p2p.mesh import MeshConfig, MeshStream, open_mesh
 
 
@@ -100,10 +100,21 @@ async def test_question_over_the_limit_costs_the_stream_only(lab) -> None:
     assert await a.request(b.key, "/echo", b"x", deadline_s=5, max_reply_bytes=1000) == b"x"
 
 
+async def test_frame_limits_are_limited_themselves(lab) -> None:
+    a, b = await lab.pair(request_bytes=1000)
+    for limit, payload in ((1001, b""), (10, bytes(1001))):
+        with pytest.raises(LimitExceeded):
+            await a.request(b.key, "/echo", payload, deadline_s=5, max_reply_bytes=limit)
+    with pytest.raises(LimitExceeded):
+        await a.open_stream(b.key, "/echo", timeout_s=5, max_frame_bytes=1001)
+    with pytest.raises(LimitExceeded):
+        b.serve("/echo", _echo, max_frame_bytes=1001)
+
+
 async def test_an_announced_length_is_not_allocated(lab) -> None:
     a, b = await lab.pair()
     b.serve("/echo", _echo, max_frame_bytes=100)
-    stream = await a.open_stream(b.key, "/echo", timeout_s=5, max_frame_bytes=1 << 31)
+    stream = await a.open_stream(b.key, "/echo", timeout_s=5, max_frame_bytes=1 << 20)
     await stream.send_some((0xFFFFFFFF).to_bytes(4, "big"))
     with pytest.raises(RequestFailed):
         await stream.receive_frame()
