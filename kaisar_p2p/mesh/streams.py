@@ -6,13 +6,14 @@ from types import TracebackType
 
 import trio
 
-from kaisar_p2p.errors import RequestFailed
+from kaisar_p2p.errors import LimitExceeded, RequestFailed
 from kaisar_p2p.mesh.negotiation import confirm, read_exactly
 from kaisar_p2p.mesh.yamux_stream import MuxedStream
 
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError, MuxedStreamReset  # isort: skip
 
 _CHUNK_BYTES = 256 * 1024
+_LARGEST_FRAME = 64 * 1024 * 1024  # sent
 
 
 class MeshStream:
@@ -41,9 +42,9 @@ class MeshStream:
             await confirm(self._stream, self.protocol)
 
     async def send_frame(self, frame: bytes) -> None:
-        """Send one frame of at most `max_frame_bytes`."""
-        if len(frame) > self.max_frame_bytes:
-            raise RequestFailed(f"a frame of {len(frame)} bytes exceeds our own limit of {self.max_frame_bytes}")
+        """Send one frame; `max_frame_bytes` is about what we receive, the peer has its own limit. LimitExceeded."""
+        if len(frame) > _LARGEST_FRAME:
+            raise LimitExceeded(f"a frame of {len(frame)} bytes exceeds {_LARGEST_FRAME}", hint="send it in parts")
         await self.send_some(len(frame).to_bytes(4, "big") + frame)
 
     async def receive_frame(self) -> bytes:

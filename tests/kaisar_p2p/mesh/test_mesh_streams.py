@@ -111,6 +111,17 @@ async def test_frame_limits_are_limited_themselves(lab) -> None:
         b.serve("/echo", _echo, max_frame_bytes=1001)
 
 
+async def test_the_limit_of_a_protocol_is_about_questions_not_answers(lab) -> None:
+    a, b = await lab.pair()
+
+    async def generous(stream: MeshStream) -> None:
+        await stream.receive_frame()
+        await stream.send_frame(bytes(100_000))
+
+    b.serve("/generous", generous, max_frame_bytes=10)
+    assert len(await a.request(b.key, "/generous", b"", deadline_s=5, max_reply_bytes=100_000)) == 100_000
+
+
 async def test_an_announced_length_is_not_allocated(lab) -> None:
     a, b = await lab.pair()
     b.serve("/echo", _echo, max_frame_bytes=100)
