@@ -331,8 +331,11 @@ def validate_assignment(
     # [REJECT] Slot and epoch match.
     if assignment.epoch != state.params.epoch_of_slot(assignment.slot):
         return Verdict.REJECT, "slot and epoch do not match", None
-    committee = check_committee(state, assignment.slot, assignment.worker)
     # [IGNORE] The worker is known.
+    if assignment.worker not in state.workers:
+        return Verdict.IGNORE, "unknown worker", None
+    committee = check_committee(state, assignment.slot, assignment.worker)
+    # [IGNORE] So is the registry.
     if committee is None:
         return Verdict.IGNORE, "no committee", None
     # [REJECT] The sender holds a seat, and drew the same committee.
