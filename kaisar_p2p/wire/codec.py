@@ -112,6 +112,11 @@ def message(tag: int) -> Callable[[type[M]], type[M]]:
     return register
 
 
+def registered() -> dict[int, type]:
+    """Every message that has been imported, by tag: for golden vectors and tests."""
+    return dict(sorted(_TAGS.items()))
+
+
 def encode(value: Any) -> bytes:
     """Canonical bytes of a message; ValueError or TypeError for a field out of its bounds (our own mistake)."""
     packed: bytes = msgpack.packb(_write(value), use_bin_type=True)

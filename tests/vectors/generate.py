@@ -1,7 +1,7 @@
-"""Print test vectors as JSON: ``python tests/vectors/generate.py popw|vrf|merkle``.
+"""Print test vectors as JSON: ``python tests/vectors/generate.py popw|vrf|merkle|messages``.
 
-The files beside this script were made once by an independent implementation and compared with this output; a
-difference between the two means that the protocol changed: ``generate.py popw | diff - popw.json``.
+The files beside this script are compared with this output; a difference means that the protocol changed:
+``generate.py popw | diff - popw.json``. Those of popw, vrf and merkle were made by an independent implementation.
 """
 
 from __future__ import annotations
@@ -12,13 +12,17 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 
 import numpy as np
 
 from kaisar_p2p.hardware.prove import NumpyBackend
 from kaisar_p2p.wire import matproof, merkle, vrf
+from kaisar_p2p.wire.codec import encode
+from kaisar_p2p.wire.crypto import KeyPair, domain_hash
+from kaisar_p2p.wire.envelope import seal
 from protocols import sortition
+from specimens import message_classes, specimen
 
 # n, k, t, rounds: odd tile counts, several chunks of tags, several pieces of 65536 columns.
 JOBS = [
@@ -137,7 +141,29 @@ def _tree(count: int) -> dict[str, Any]:
     return {"count": count, "root": tree.root.hex(), "paths": paths}
 
 
-RECIPES = {"popw": popw, "vrf": vrf_vectors, "merkle": merkle_vectors}
+NETWORK = bytes(range(32))
+KEYS = KeyPair.from_seed(bytes(range(32, 64)))
+
+
+def message_vectors() -> list[dict[str, Any]]:
+    """Two specimens of each message: canonical bytes, and for signed messages the envelope and the hash."""
+    return [_message(cls, index) for cls in message_classes().values() for index in range(2)]
+
+
+def _message(cls: type, index: int) -> dict[str, Any]:
+    value = specimen(cls, index)
+    vector: dict[str, Any] = {"message": cls.__name__, "tag": cls.TAG, "encoded": encode(value).hex()}  # type: ignore[attr-defined]
+    tag = getattr(cls, "DOMAIN", None)
+    if tag is not None:
+        vector |= {
+            "domain": tag,
+            "envelope": seal(value, KEYS, NETWORK).hex(),
+            "hash": domain_hash(tag, NETWORK, encode(value)).hex(),
+        }
+    return vector
+
+
+RECIPES = {"popw": popw, "vrf": vrf_vectors, "merkle": merkle_vectors, "messages": message_vectors}
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1] not in RECIPES:
