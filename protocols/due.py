@@ -8,12 +8,12 @@ from kaisar_p2p.wire.crypto import domain_hash
 from protocols.interpreter.state import ACTIVE, REGISTERED, State, WorkerState
 from protocols.params import PERMILLE
 
-REGISTRATION, STANDBY, GRAND = "registration", "standby", "grand"
+REGISTRATION, STANDBY, GRAND, RECHECK = "registration", "standby", "grand", "recheck"
 
 
 @dataclass(frozen=True)
 class DueCheck:
-    """One check of a slot: each seat recomputes `samples` tiles; `reason` is REGISTRATION, STANDBY or GRAND."""
+    """One check of a slot: each seat recomputes `samples` tiles; `reason` is REGISTRATION … RECHECK."""
 
     worker: bytes
     samples: int
@@ -38,6 +38,18 @@ def due_check(state: State, slot: int, key: bytes) -> DueCheck | None:
     return DueCheck(key, state.params.registration_samples if reason == REGISTRATION else state.params.samples, reason)
 
 
+def may_be_checked(state: State, slot: int, key: bytes) -> bool:
+    """Whether a worker can be checked in `slot` at all: registered before it, not retired, and without a lease."""
+    worker = state.workers.get(key)
+    if worker is None or slot not in state.beacons:
+        return False
+    if worker.status == REGISTERED:
+        # Registered in this slot: not every node may have known it at the slot's first block.
+        return worker.registered_block < slot * state.params.slot_blocks
+    # The witnesses of its lease see whether a leased worker is alive.
+    return worker.status == ACTIVE and not state.open_orders.get(key)
+
+
 def is_grand_slot(state: State, slot: int) -> bool:
     """Whether every unleased worker is checked in this slot at once: one card under two names cannot answer twice."""
     mix = state.mixes.get(state.params.epoch_of_slot(slot), b"")
@@ -53,15 +65,12 @@ def wins_standby_draw(state: State, beacon: bytes, worker: bytes) -> bool:
 
 def _reason(state: State, slot: int, beacon: bytes, key: bytes, worker: WorkerState) -> str | None:
     params = state.params
+    if not may_be_checked(state, slot, key):
+        return None
     if worker.status == REGISTERED:
-        if worker.registered_block >= slot * params.slot_blocks:
-            return None  # registered in this slot: not every node may have known it at the slot's first block
         # A worker that failed for a whole epoch is tried at the standby rate, so that it cannot tire its committees.
         age = slot - params.slot_of(worker.registered_block)
         return REGISTRATION if age <= params.epoch_slots or wins_standby_draw(state, beacon, key) else None
-    # The witnesses of its lease see whether a leased worker is alive.
-    if worker.status != ACTIVE or state.open_orders.get(key):
-        return None
     if is_grand_slot(state, slot):
         return GRAND
     return STANDBY if wins_standby_draw(state, beacon, key) else None

@@ -117,6 +117,8 @@ ENVELOPE_BYTES_MAX = 16_384
 CERTIFICATE_BYTES_MAX = 8_192
 NO_COMMIT = bytes(32)
 NO_DIGEST = bytes(32)
+VOTES_MS = 7_000
+"""From the end of a check until its certificate must be out: a round of votes, patience, and another round."""
 CHECKED = frozenset({PASS, LATE, WRONG})
 """Verdicts of a seat that recomputed its samples."""
 
@@ -159,6 +161,12 @@ def check_horizon_slots(params: Params) -> int:
     """How many slots back a check can still be under way: its own length, and one slot for the votes."""
     length_ms = params.challenge_wait_ms + params.deadline_ms + params.tags_wait_ms
     return -(-length_ms // max(1, params.slot_ms)) + 1
+
+
+def recheck_slots(params: Params) -> int:
+    """After how many slots a check without a certificate is repeated: when it and its votes are certainly over."""
+    length_ms = params.challenge_wait_ms + params.deadline_ms + params.tags_wait_ms + VOTES_MS
+    return -(-length_ms // max(1, params.slot_ms))
 
 
 # ── validation ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -36,7 +36,7 @@ from protocols.actions import (
     WorkDone,
 )
 from protocols.committees import check_committee
-from protocols.due import DueCheck, due_workers
+from protocols.due import DueCheck
 from protocols.equivocation import EVIDENCE_TOPIC, WrongResult
 from protocols.interpreter.events import SlotStarted
 from protocols.interpreter.state import State
@@ -75,6 +75,7 @@ from protocols.popw_votes import (
     verdict_duty,
 )
 from protocols.quorum import Committee, QuorumCertificate, VerdictCore, check_signature
+from protocols.recheck import OpenChecks
 
 ASSIGNMENT_TOPIC = "assignment"
 MAX_CHECKS = 256
@@ -142,6 +143,7 @@ class SeatMachine:
         self._entropy = entropy
         self._max_checks = max_checks
         self._checks: dict[str, Check] = {}
+        self._open = OpenChecks()
         self._state: State | None = None
 
     @property
@@ -192,7 +194,7 @@ class SeatMachine:
 
     def _start_slot(self, state: State, slot: int, now: float) -> list[Action]:
         actions: list[Action] = []
-        for due in due_workers(state, slot):
+        for due in self._open.start(state, slot):
             committee = check_committee(state, slot, due.worker)
             if committee is None or self._keys.public_key not in committee.seats:
                 continue
@@ -380,7 +382,10 @@ class SeatMachine:
 
     def _certified(self, certificate: QuorumCertificate) -> None:
         core = certificate.core
-        check = self._checks.get(f"{core.slot}/{core.worker.hex()}") if isinstance(core, VerdictCore) else None
+        if not isinstance(core, VerdictCore):
+            return
+        self._open.certified(core.worker, core.slot)
+        check = self._checks.get(f"{core.slot}/{core.worker.hex()}")
         if check is not None:
             check.tally.closed, check.patience_at = True, None
 

@@ -29,7 +29,7 @@ from protocols.actions import (
     WorkDone,
 )
 from protocols.committees import check_committee
-from protocols.due import due_check
+from protocols.due import due_check, may_be_checked
 from protocols.equivocation import EVIDENCE_TOPIC, DoubleChallenge
 from protocols.interpreter.calls import CHECKER
 from protocols.interpreter.events import SlotStarted
@@ -41,10 +41,12 @@ from protocols.popw import (
     Commit,
     Tags,
     check_horizon_slots,
+    recheck_slots,
     seed_of,
     validate_challenge,
 )
 from protocols.quorum import MAX_SEATS, Committee
+from protocols.recheck import MAX_RECHECKS, can_be_recheck
 
 NOTHING = b""
 """The last, empty frame to a seat that gets no commitment."""
@@ -105,6 +107,7 @@ class WorkerCheckMachine:
         self._faults = faults or WorkerFaults()
         self._state: State | None = None
         self._runs: dict[int, Run] = {}
+        self._due_slots: set[int] = set()
         self._early: dict[bytes, Incoming] = {}
 
     @property
@@ -145,8 +148,13 @@ class WorkerCheckMachine:
 
     def _open_run(self, state: State, slot: int) -> None:
         """Whether this worker is due is decided from the state at the slot's first block, as its seats do."""
-        key = self._keys.public_key
-        committee = check_committee(state, slot, key) if due_check(state, slot, key) else None
+        key, params = self._keys.public_key, state.params
+        again = may_be_checked(state, slot, key) and can_be_recheck(self._due_slots, slot, params)
+        due = due_check(state, slot, key) is not None
+        self._due_slots = {each for each in self._due_slots if each >= slot - MAX_RECHECKS * recheck_slots(params)}
+        if due:
+            self._due_slots.add(slot)
+        committee = check_committee(state, slot, key) if due or again else None
         if committee is not None and slot not in self._runs:
             self._runs[slot] = Run(slot, committee)
 

@@ -24,6 +24,7 @@ from protocols import equivocation as proofs
 from protocols import popw
 from protocols.adverts import GPU_CLASS, Spec
 from protocols.committees import check_committee, verify_certificate
+from protocols.due import RECHECK, is_grand_slot
 from protocols.interpreter.calls import CHECKER, PROVIDER
 from protocols.interpreter.events import SlotStarted
 from protocols.interpreter.state import ACTIVE, REGISTERED, MachineState, State, WorkerState
@@ -434,6 +435,68 @@ def test_a_seat_with_two_challenges_is_caught_once() -> None:
         proofs.verify_evidence(decode(proofs.DoubleChallenge, payload), proofs.context_of(state)) == SEATS[4].public_key
     )
     assert verdict_of(swarm, state) == PASS
+
+
+# ── no certificate: checked again ────────────────────────────────────────────────────────────────────────────────────
+
+
+def at_slot(slot: int) -> State:
+    """A state in which the rule names nobody, also in what would be a grand slot."""
+    state = replace(state_at(slot), params=replace(PARAMS, standby_check_permille=0))
+    epoch = state.params.epoch_of_slot(slot)
+    mixes = (Map({epoch: bytes([index])}) for index in range(256))
+    return next(each for mix in mixes if not is_grand_slot(each := replace(state, mixes=mix), slot))
+
+
+def test_a_check_without_a_certificate_is_repeated_until_there_is_one() -> None:
+    swarm, again = swarm_of(), popw.recheck_slots(PARAMS)
+    swarm.dead |= {seat.public_key for seat in SEATS[:3]}
+    swarm.start_slot(state_at())
+    swarm.run()
+    assert not swarm.certificates()
+    for slot in range(SLOT + 1, SLOT + again):
+        swarm.start_slot(at_slot(slot))
+        swarm.run(PARAMS.slot_ms / 1000)
+    machine = swarm.nodes[SEATS[6].public_key].machines[0]
+    assert isinstance(machine, SeatMachine)
+    assert {check.challenge.slot for check in machine.checks} <= {SLOT}  # nobody was asked in between
+    swarm.dead.clear()
+    for key in [seat.public_key for seat in SEATS[:3]]:  # they were away, not restarted: they know what was due
+        machine_away = swarm.nodes[key].machines[0]
+        assert isinstance(machine_away, SeatMachine)
+        machine_away.step(do.BlockApplied(state_at(), (SlotStarted(SLOT),)), swarm.now - 30)
+    state = at_slot(SLOT + again)
+    swarm.start_slot(state)
+    swarm.run()
+    assert verdict_of(swarm, state) == PASS
+    assert [check.due.reason for check in machine.checks] == [RECHECK]
+    before = len(swarm.certificates())
+    for step in range(1, 4):  # and then no more
+        swarm.start_slot(at_slot(SLOT + again + step * again))
+        swarm.run()
+    assert len(swarm.certificates()) == before
+
+
+def test_a_seat_alone_with_its_view_gets_no_answer_and_certifies_nothing() -> None:
+    swarm, again = swarm_of(), popw.recheck_slots(PARAMS)
+    swarm.start_slot(state_at())
+    swarm.run()
+    (core,) = {certificate.core for certificate in swarm.certificates()}
+    lonely = SEATS[0].public_key
+    swarm.nodes[lonely].machines = [seat_machine(SEATS[0])]
+    swarm.nodes[lonely].machines[0].step(do.BlockApplied(state_at(), (SlotStarted(SLOT),)), swarm.now)
+    swarm.start_slot(at_slot(SLOT + again))
+    swarm.run()
+    machine = swarm.nodes[lonely].machines[0]
+    assert isinstance(machine, SeatMachine)
+    assert [check.due.reason for check in machine.checks if check.challenge.slot == SLOT + again] == [RECHECK]
+    assert {certificate.core for certificate in swarm.certificates()} == {core}
+
+
+def test_what_a_node_missed_while_catching_up_is_not_repeated() -> None:
+    machine, again = seat_machine(SEATS[0]), popw.recheck_slots(PARAMS)
+    machine.step(do.BlockApplied(state_at(), (SlotStarted(SLOT),), live=False), 0.0)
+    assert machine.step(do.BlockApplied(at_slot(SLOT + again), (SlotStarted(SLOT + again),)), 0.0) == []
 
 
 # ── one machine at a time: whatever comes in, nothing is raised and nothing is signed twice ──────────────────────────
