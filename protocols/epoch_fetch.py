@@ -95,7 +95,8 @@ def _take(download: _Download, payload: bytes) -> bool:
     except DecodeError:
         return False
     fits = 0 < page.length <= OBJECT_BYTES_MAX and page.length == (download.length or page.length)
-    if not fits or not page.data or len(download.buffer) + len(page.data) > page.length:
+    # Whole pages only: who sends a byte at a time would hold the download for ever.
+    if not fits or len(page.data) != min(PAGE_BYTES, page.length - len(download.buffer)):
         return False
     download.length = page.length
     download.buffer += page.data

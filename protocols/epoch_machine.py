@@ -303,7 +303,7 @@ class EpochMachine:
     def _serve(self, event: Incoming) -> list[Action]:
         request = parse_request(event.payload)
         if request is None or request.kind not in (BODY, ANCHORED, CERTIFICATE):
-            return []  # others answer other kinds; what is malformed gets no answer
+            return [Reply(event.call_id, page_of(None, 0))]
         data = self._library.get(request.key)
         if request.kind == CERTIFICATE:
             certificate = self._pool.by_hash(request.key)

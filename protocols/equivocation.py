@@ -295,6 +295,9 @@ def validate_evidence(data: bytes, received_at: float, state: State) -> tuple[Ve
         evidence = decode_any(EVIDENCE, data)
     except DecodeError as error:
         return Verdict.REJECT, error.message, None
+    # [IGNORE] It concerns somebody who has something at stake: anybody can make keys that sign nonsense.
+    if not _at_stake(evidence, state):
+        return Verdict.IGNORE, "about a key that nothing depends on", None
     slot = _slot_needed(evidence)
     # [IGNORE] The slot that it needs has started here and is remembered.
     if slot is not None and slot not in state.beacons:
@@ -303,6 +306,24 @@ def validate_evidence(data: bytes, received_at: float, state: State) -> tuple[Ve
     if verify_evidence(evidence, context_of(state)) is None:
         return Verdict.REJECT, "proves nothing", None
     return Verdict.ACCEPT, "", evidence
+
+
+def accused(evidence: Evidence) -> bytes:
+    """The key whose stake, bond or work the evidence is about, as it says itself: looked at before anything costs."""
+    match evidence:
+        case DoubleVote() | DoubleHeader():
+            return evidence.signer
+        case DoubleChallenge() | DoubleCommit():
+            return evidence.first.signer
+        case WrongResult() | LazyCheck():
+            return evidence.commit.signer
+        case FalsePass():
+            return evidence.wrong.commit.signer
+
+
+def _at_stake(evidence: Evidence, state: State) -> bool:
+    key = accused(evidence)
+    return key in state.workers or any(key == member for each in state.registries.values() for member, _ in each)
 
 
 def _slot_needed(evidence: Evidence) -> int | None:

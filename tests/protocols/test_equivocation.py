@@ -18,6 +18,7 @@ from kaisar_p2p.wire.codec import decode, encode
 from kaisar_p2p.wire.crypto import KeyPair
 from kaisar_p2p.wire.envelope import Signed, seal
 from kaisar_p2p.wire.verdict import Verdict
+from protocols.adverts import GPU_CLASS, Spec
 from protocols.committees import check_committee
 from protocols.epochs import HeaderVote
 from protocols.equivocation import (
@@ -34,7 +35,7 @@ from protocols.equivocation import (
     validate_evidence,
     verify_evidence,
 )
-from protocols.interpreter.state import State
+from protocols.interpreter.state import ACTIVE, State, WorkerState
 from protocols.params import MAINNET
 from protocols.popw import (
     PASS,
@@ -54,6 +55,7 @@ NETWORK = sha256(b"evidence").digest()
 PARAMS = replace(MAINNET, job_n=64, job_k=64, job_tile=4, job_rounds=2)  # 256 tiles: a sample misses most of them
 JOB = PARAMS.job
 SLOT, EPOCH, BEACON = 5, 0, bytes(range(32))
+SPEC = Spec(GPU_CLASS, 1, 1, 1, 1, 1, "")
 WORKER = KeyPair.from_seed(sha256(b"w").digest())
 KEYS = {k.public_key: k for k in (KeyPair.from_seed(sha256(b"s%d" % i).digest()) for i in range(7))}
 STATE = State(
@@ -62,6 +64,7 @@ STATE = State(
     number=SLOT * PARAMS.slot_blocks,
     registries=Map({EPOCH: tuple(sorted((key, 10**20) for key in KEYS))}),
     beacons=Map({SLOT: BEACON}),
+    workers=Map({WORKER.public_key: WorkerState(bytes(32), SPEC, 1, 0, ACTIVE, 0)}),
 )
 CONTEXT = context_of(STATE)
 _committee = check_committee(STATE, SLOT, WORKER.public_key)
@@ -234,6 +237,13 @@ def test_gossip_evidence__ignore_an_unknown_slot(evidence: Evidence) -> None:
     unknown = replace(STATE, beacons=Map())
     assert validate_evidence(encode(evidence), 0.0, unknown)[0] is Verdict.IGNORE
     assert verify_evidence(evidence, context_of(unknown)) is None
+
+
+@pytest.mark.parametrize(("evidence", "offender"), GUILTY, ids=lambda each: type(each).__name__)
+def test_gossip_evidence__ignore_keys_that_nothing_depends_on(evidence: Evidence, offender: bytes) -> None:
+    """Otherwise anybody could make as much evidence against keys of its own as it likes."""
+    nobody = replace(STATE, registries=Map({EPOCH: ((bytes(32), 1),)}), workers=Map())
+    assert validate_evidence(encode(evidence), 0.0, nobody)[0] is Verdict.IGNORE
 
 
 def test_evidence_is_small() -> None:
