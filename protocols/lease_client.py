@@ -172,7 +172,7 @@ class LeaseClientMachine:
         for order_id in placed:
             if state.orders[order_id].client_key == self._keys.public_key and order_id not in self._leases:
                 actions += self._begin(order_id, state)
-        for each in event.events:
+        for each in event.events if event.live else ():
             if isinstance(each, LeaseSettled) and each.order_id in self._leases:
                 actions.append(_settlement_note(each))
         for lease in list(self._leases.values()):

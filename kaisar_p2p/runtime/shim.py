@@ -112,7 +112,10 @@ def limit(spec: dict[str, Any]) -> None:
         (resource.RLIMIT_DATA, (spec["memory_mb"] + SPARE_MB) * MB),
         (resource.RLIMIT_FSIZE, spec["disk_mb"] * MB),
         (resource.RLIMIT_NOFILE, 4096),
-        (resource.RLIMIT_NPROC, tasks + 2 * MAX_PROCESSES),  # counts all tasks of the user, not only of the lease
+        (
+            resource.RLIMIT_NPROC,
+            max(tasks, 4096) + 2 * MAX_PROCESSES,
+        ),  # counts all of the user's tasks, not the lease's
     ):
         _, hard = resource.getrlimit(name)
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
@@ -247,12 +250,20 @@ def descendants(pid: int) -> list[int]:
 
 def children(pid: int) -> list[int]:
     """The children of all threads of a process; empty when it has ended."""
+    if not os.path.exists(f"/proc/self/task/{os.getpid()}/children"):  # a kernel without CONFIG_PROC_CHILDREN
+        return children_by_parent(pid)
     found: list[int] = []
     with contextlib.suppress(OSError):
         for thread in os.listdir(f"/proc/{pid}/task"):
             with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/children", encoding="ascii") as file:
                 found += map(int, file.read().split())
     return found
+
+
+def children_by_parent(pid: int) -> list[int]:
+    """As `children`, by looking at every process."""
+    numbers = (int(name) for name in os.listdir("/proc") if name.isdigit())
+    return [number for number in numbers if stat_fields(number)[1:2] == [str(pid)]]
 
 
 def stat_fields(pid: int) -> list[str]:

@@ -298,6 +298,16 @@ async def test_what_a_program_leaves_behind_ends_with_it(runtime: ProcessRuntime
     assert not alive(int(await output(runtime)))
 
 
+async def test_children_are_found_on_kernels_that_do_not_list_them() -> None:
+    child = await trio.lowlevel.open_process(["sleep", "60"])
+    try:
+        assert child.pid in shim.children(os.getpid())
+        assert set(shim.children_by_parent(os.getpid())) == set(shim.children(os.getpid()))
+    finally:
+        child.kill()
+        await child.wait()
+
+
 # ── a restart of the node ────────────────────────────────────────────────────────────────────────────────────────────
 
 
