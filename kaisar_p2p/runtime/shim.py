@@ -77,7 +77,8 @@ def start(directory: str, spec: dict[str, Any]) -> tuple[int, int]:
         try:
             become(directory, spec, write_output)
         except OSError as error:
-            os.write(write_failure, json.dumps([error.errno, error.strerror, error.filename]).encode())
+            name = os.fsdecode(error.filename or spec["command"][0])
+            os.write(write_failure, json.dumps([error.errno, error.strerror, name]).encode())
         finally:
             os._exit(127)
     os.close(write_output)

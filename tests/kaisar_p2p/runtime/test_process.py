@@ -127,7 +127,12 @@ async def test_exit_codes_and_signals(runtime: ProcessRuntime) -> None:
 
 @pytest.mark.parametrize(
     ("command", "why"),
-    [(("/nonexistent/program",), "No such file"), (("/",), "ermission denied"), ((), "no command")],
+    [
+        (("/nonexistent/program",), "No such file"),
+        (("nonexistent-program",), "No such file"),
+        (("/",), "ermission denied"),
+        ((), "no command"),
+    ],
 )
 async def test_what_cannot_be_started_says_why_and_leaves_nothing(
     runtime: ProcessRuntime, command: tuple[str, ...], why: str
