@@ -155,9 +155,21 @@ def test_an_amount_is_minimal() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"number": -1}, {"number": 2**64}, {"amount": 2**128}, {"amount": -1}, {"name": "x" * 65}, {"name": b"x"}]
-    + [{"key": bytes(31)}, {"inner": 5}, {"many": (Inner(1),) * 4}, {"many": [Inner(1)]}, {"free": bytes(6)}]
-    + [{"number": True}, {"inner": Inner(256)}],
+    [
+        {"number": -1},
+        {"number": 2**64},
+        {"number": True},
+        {"amount": 2**128},
+        {"amount": -1},
+        {"name": "x" * 65},
+        {"name": b"x"},
+        {"key": bytes(31)},
+        {"inner": 5},
+        {"inner": Inner(256)},
+        {"many": (Inner(1),) * 4},
+        {"many": [Inner(1)]},
+        {"free": bytes(6)},
+    ],
 )
 def test_our_own_mistakes_are_value_errors(changes: dict[str, Any]) -> None:
     fields: dict[str, Any] = {
