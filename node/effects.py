@@ -31,7 +31,6 @@ PROBE_WORKERS = 16
 CONTAINER_WORKERS = 8
 QUEUE = 1024
 OPEN_STREAM_S = 5.0
-FRAME_BYTES = 4 << 20
 STORE_RETRY_S = 1.0
 CALL_TIMEOUT_S = 60.0
 REPLY_FRAMES = 64
@@ -187,7 +186,10 @@ class NodeEffects:
 
     async def _request_peer(self, action: do.Request) -> None:
         stream = await self.mesh.open_stream(
-            action.peer, action.protocol, timeout_s=min(OPEN_STREAM_S, action.deadline_s), max_frame_bytes=FRAME_BYTES
+            action.peer,
+            action.protocol,
+            timeout_s=min(OPEN_STREAM_S, action.deadline_s),
+            max_frame_bytes=max(action.max_reply_bytes, len(action.payload)),
         )
         async with stream:
             await stream.send_frame(action.payload)

@@ -124,7 +124,10 @@ class Publish:
 
 @dataclass(frozen=True)
 class Request:
-    """Send one frame to a peer and expect up to `max_frames` frames back before `deadline_s` seconds."""
+    """Send one frame to a peer and expect up to `max_frames` frames back before `deadline_s` seconds.
+
+    A frame of more than `max_reply_bytes` ends the request before it is read.
+    """
 
     request_id: str
     peer: bytes
@@ -133,6 +136,7 @@ class Request:
     deadline_s: float
     max_frames: int = 1
     duty: Duty | None = None
+    max_reply_bytes: int = 4_096
 
 
 @dataclass(frozen=True)

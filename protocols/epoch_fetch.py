@@ -80,7 +80,14 @@ class Downloads:
         request_id = f"{self._prefix}/{download.kind}/{download.key.hex()}/{self._counter}"
         self._running[request_id] = download
         request = FetchRequest(download.kind, download.key, len(download.buffer))
-        return Request(request_id, download.peers[0], FETCH_PROTOCOL, encode(request), PAGE_TIMEOUT_S)
+        return Request(
+            request_id,
+            download.peers[0],
+            FETCH_PROTOCOL,
+            encode(request),
+            PAGE_TIMEOUT_S,
+            max_reply_bytes=PAGE_BYTES + 64,
+        )
 
     def _next_peer(self, download: _Download) -> tuple[list[Request], Fetched | None]:
         peer, *others = download.peers

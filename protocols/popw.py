@@ -234,9 +234,14 @@ def _challenges_signed(commit: Commit, seats: tuple[int, ...], committee: Commit
     return True
 
 
+def tags_bytes_max(job: Job) -> int:
+    """Largest frame with the tags of a run."""
+    return job.rounds * (4 * job.tiles + 8) + 16
+
+
 def validate_tags(data: bytes, job: Job) -> Tags | None:
     """The tags of a run if there is one for each tile; whether they match the roots is found when tiles are checked."""
-    if len(data) > job.rounds * (4 * job.tiles + 8) + 16:
+    if len(data) > tags_bytes_max(job):
         return None
     try:
         tags = decode(Tags, data)

@@ -43,6 +43,7 @@ from protocols.interpreter.state import State
 from protocols.popw import (
     BADJOB,
     CHALLENGE_PROTOCOL,
+    ENVELOPE_BYTES_MAX,
     LATE,
     NO_COMMIT,
     NO_DIGEST,
@@ -62,6 +63,7 @@ from protocols.popw import (
     core_hash,
     sample_input,
     seed_of,
+    tags_bytes_max,
     validate_commit,
     validate_tags,
 )
@@ -231,6 +233,7 @@ class SeatMachine:
             deadline_s=wait_ms / 1000 + MARGIN_S,
             max_frames=2,
             duty=Duty(f"challenge/{check.name}", sha256(check.payload)),
+            max_reply_bytes=max(ENVELOPE_BYTES_MAX, tags_bytes_max(check.job)),
         )
 
     # ── the worker's answer ──────────────────────────────────────────────────────────────────────────────────────────

@@ -57,7 +57,7 @@ class GossipMessage:
 class _Subscription:
     name: str
     validate: Validator
-    heavy: bool
+    worker: trio.CapacityLimiter | None
     send: trio.MemorySendChannel[GossipMessage]
     receive: trio.MemoryReceiveChannel[GossipMessage]
 
@@ -79,7 +79,6 @@ class Gossip:
         self._links: dict[bytes, Link] = {}
         self._sequence = time.time_ns()  # libp2p starts at seconds: a restarted node repeats ids that its peers know
         self._nursery: trio.Nursery | None = None
-        self._worker = trio.CapacityLimiter(1)
         self.verdicts: Counter[tuple[str, str]] = Counter()
         self.dropped: Counter[str] = Counter()
         network.handlers[PROTOCOL] = self._receive
@@ -106,7 +105,8 @@ class Gossip:
         if topic in self._subscriptions:
             raise ValueError(f"topic {name} has a subscriber")
         send, receive = trio.open_memory_channel[GossipMessage](queue)
-        self._subscriptions[topic] = _Subscription(name, validate, heavy, send, receive)
+        worker = trio.CapacityLimiter(1) if heavy else None  # of its own: no topic waits for what another costs
+        self._subscriptions[topic] = _Subscription(name, validate, worker, send, receive)
         self._router.join(topic)
         announcement = wire.subscriptions_frame([topic], True)
         for link in self._links.values():
@@ -293,9 +293,9 @@ class Gossip:
     ) -> tuple[Verdict, str]:
         arguments = (published.data, sender, published.author, received_at)
         try:
-            if subscription.heavy:
+            if subscription.worker is not None:
                 verdict, reason = await trio.to_thread.run_sync(
-                    subscription.validate, *arguments, limiter=self._worker, abandon_on_cancel=True
+                    subscription.validate, *arguments, limiter=subscription.worker, abandon_on_cancel=True
                 )
             else:
                 verdict, reason = subscription.validate(*arguments)
