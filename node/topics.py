@@ -14,20 +14,26 @@ from typing import Any
 import trio
 
 from kaisar_p2p.mesh import GossipMessage, Mesh
+from kaisar_p2p.mesh.limits import PeerBuckets
+from kaisar_p2p.wire.codec import encode
 from kaisar_p2p.wire.crypto import sha256
+from kaisar_p2p.wire.envelope import Verified
 from kaisar_p2p.wire.verdict import Verdict
 from node.inbox import Inbox, Lane
 from protocols.actions import Gossip
 from protocols.adverts import validate_advert, validate_heartbeat
 from protocols.deploy import validate_lease
 from protocols.epoch_gossip import validate_epoch
-from protocols.equivocation import validate_evidence
+from protocols.equivocation import EVIDENCE, accused, validate_evidence
 from protocols.interpreter.state import State
 from protocols.popw import validate_assignment, validate_certificate
+from protocols.quorum import QuorumCertificate
 
 Validate = Callable[[bytes, float, State], tuple[Verdict, str, Any]]
 
 SEEN = 16_384
+REFUSED = 4_096
+SUBJECTS = 8_192
 QUEUE = 256
 PARSED = 2 * QUEUE
 """More than the mesh can hold of a topic: what it queues, and what is being judged."""
@@ -35,26 +41,47 @@ PARSED = 2 * QUEUE
 
 @dataclass(frozen=True)
 class Topic:
-    """`heavy` messages carry many signatures and are checked in a worker thread."""
+    """`heavy` messages carry many signatures and are checked in a worker thread.
+
+    Of one subject (`subject_of`), `burst` messages are accepted and forwarded, then `rate_per_s`: what its author can
+    sign without end would otherwise fill every link of the network.
+    """
 
     validate: Validate
     lane: Lane
     heavy: bool = False
+    rate_per_s: float = 10.0
+    burst: int = 10_000
 
 
 TOPICS: dict[str, Topic] = {
-    "advert": Topic(validate_advert, Lane.ADVERT),
-    "heartbeat": Topic(validate_heartbeat, Lane.ADVERT),
-    "assignment": Topic(validate_assignment, Lane.ADVERT),
+    "advert": Topic(validate_advert, Lane.ADVERT, rate_per_s=1.0, burst=30),
+    "heartbeat": Topic(validate_heartbeat, Lane.ADVERT, rate_per_s=1.0, burst=30),
+    "assignment": Topic(validate_assignment, Lane.ADVERT, burst=300),
     "certificate": Topic(validate_certificate, Lane.CERTIFICATE, heavy=True),
-    "evidence": Topic(validate_evidence, Lane.EPOCH, heavy=True),
-    "epoch": Topic(validate_epoch, Lane.EPOCH),
-    "lease": Topic(validate_lease, Lane.LEASE, heavy=True),
+    "evidence": Topic(validate_evidence, Lane.EPOCH, heavy=True, rate_per_s=0.1, burst=100),
+    "epoch": Topic(validate_epoch, Lane.EPOCH, rate_per_s=2.0, burst=60),
+    "lease": Topic(validate_lease, Lane.LEASE, heavy=True, burst=600),
 }
+VARIANTS, VARIANTS_PER_S = 12, 0.02
+"""Certificates on one core: half a dozen aggregators may make one each, but any T of their signatures are another."""
+
+
+def subject_of(message: Any) -> bytes:
+    """Whose message it is: the signer's, or of the core that a certificate is about, or of the key that is accused."""
+    match message:
+        case Verified():
+            return message.signer
+        case QuorumCertificate():
+            return sha256(encode(message.core))
+        case _ if isinstance(message, EVIDENCE):
+            return accused(message)
+        case _:
+            return b""
 
 
 class Seen:
-    """Digests of messages that were accepted: the same bytes again, from whomever, are a duplicate."""
+    """Digests of messages, the newest ones: of those that were accepted, or of those that were refused."""
 
     def __init__(self, most: int = SEEN) -> None:
         self._most = most
@@ -83,7 +110,12 @@ class Switchboard:
         self._own_key = own_key
         self._now = now
         self._seen = Seen()
+        self._refused = Seen(REFUSED)
         self._parsed: dict[str, OrderedDict[bytes, Any]] = {name: OrderedDict() for name in TOPICS}
+        self._shares = {
+            name: PeerBuckets(topic.rate_per_s, topic.burst, peers=SUBJECTS) for name, topic in TOPICS.items()
+        }
+        self._variants = {name: PeerBuckets(VARIANTS_PER_S, VARIANTS, peers=SUBJECTS) for name in TOPICS}
 
     async def run(self, mesh: Mesh, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Until cancelled; started once all topics are subscribed."""
@@ -108,13 +140,25 @@ class Switchboard:
             # [IGNORE] the same bytes were accepted before: a replay, or another peer's copy
             if digest in self._seen:
                 return Verdict.IGNORE, "duplicate"
+            # [REJECT] what costs much to refuse is refused once
+            if topic.heavy and sha256(name.encode(), digest) in self._refused:
+                return Verdict.REJECT, "refused before"
             verdict, reason, message = topic.validate(data, received_at, self._state())
+            if verdict is Verdict.REJECT and topic.heavy:
+                self._refused.add(sha256(name.encode(), digest))
+            # [IGNORE] its author, or its subject, has had its share
+            if verdict is Verdict.ACCEPT and not self._has_share(name, message):
+                return Verdict.IGNORE, "more than its share"
             if verdict is Verdict.ACCEPT:
                 self._seen.add(digest)
                 self._keep(name, digest, message)
             return verdict, reason
 
         return validate
+
+    def _has_share(self, name: str, message: Any) -> bool:
+        kind, subject = self._variants if isinstance(message, QuorumCertificate) else self._shares, subject_of(message)
+        return not subject or kind[name].try_take(subject, self._now())
 
     def _keep(self, name: str, digest: bytes, message: Any) -> None:
         """Until it is delivered, or the mesh's queue has dropped it: the oldest gives way there and here."""
