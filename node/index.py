@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -10,7 +10,9 @@ from kaisar_p2p.wire.envelope import Verified
 from protocols.actions import Action, Event, Gossip
 from protocols.adverts import Heartbeat, WorkerAdvert
 from protocols.deploy import LeaseEvent
-from protocols.quorum import QuorumCertificate
+from protocols.params import PERMILLE
+from protocols.popw import PASS
+from protocols.quorum import QuorumCertificate, VerdictCore
 
 V = TypeVar("V")
 
@@ -59,6 +61,16 @@ class Index:
                 self.evidence.append((event.received_at, message))
             case _:
                 pass
+
+    def pass_permille(self) -> dict[bytes, int]:
+        """Of each worker, how many of its certified checks were passed, in thousandths."""
+        passed: Counter[bytes] = Counter()
+        checked: Counter[bytes] = Counter()
+        for _, certificate in self.certificates:
+            if isinstance(certificate.core, VerdictCore):
+                checked[certificate.core.worker] += 1
+                passed[certificate.core.worker] += certificate.core.verdict == PASS
+        return {worker: PERMILLE * passed[worker] // count for worker, count in checked.items()}
 
     def live_adverts(self, now: float, ttl_ms: int) -> list[WorkerAdvert]:
         """Adverts that have not expired."""

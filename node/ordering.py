@@ -61,11 +61,12 @@ async def place(node: Node, request: PlaceOrder) -> PlacedOrder:
     _check_request(node, state, request)
     adverts = node.index.live_adverts(node.clock.now(), state.params.advert_ttl_ms)
     adverts = [advert for advert in adverts if advert.worker != node.key]
-    candidates = _candidates(state, adverts, request)
+    nonce = secrets.token_bytes(32)  # of the order: the draw and the offers share it, so that the draw can be repeated
+    candidates = _candidates(node, state, adverts, request, nonce)
     spec = order_spec(request.resources, request.duration_s, request.workload, state.network)
     refusals: list[str] = []
     for advert in candidates[:ASKED]:
-        offer, reason = await _ask(node, state, advert, request, spec)
+        offer, reason = await _ask(node, state, advert, request, spec, nonce)
         if offer is not None:
             return await _take(node, offer, request, spec)
         refusals.append(f"{short(advert.worker)}: {reason}")
@@ -84,19 +85,28 @@ def _check_request(node: Node, state: State, request: PlaceOrder) -> None:
         raise OrderRefused("this node's machine is not bound on the ledger yet", hint="try again in some seconds")
 
 
-def _candidates(state: State, adverts: list[WorkerAdvert], request: PlaceOrder) -> list[WorkerAdvert]:
+def _candidates(
+    node: Node, state: State, adverts: list[WorkerAdvert], request: PlaceOrder, nonce: bytes
+) -> list[WorkerAdvert]:
     reason = why_nobody(adverts, request.resources, request.max_price_planck_per_hour, state)
     if reason:
         raise OrderRefused(f"nobody can serve this order: {reason}", hint="`kaisar workers` shows what there is")
-    beacon = state.beacons.get(state.slot, state.block_hash)
-    nonce = secrets.token_bytes(32)
-    return choose(adverts, request.resources, request.max_price_planck_per_hour, nonce, beacon, state)
+    return choose(
+        adverts,
+        request.resources,
+        request.max_price_planck_per_hour,
+        nonce,
+        state.beacons.get(state.slot, state.block_hash),
+        state,
+        scores_permille=node.index.pass_permille(),
+        latencies_ms={peer.key: int(peer.rtt_s * 1000) for peer in node.mesh.peers() if peer.rtt_s is not None},
+    )
 
 
 async def _ask(
-    node: Node, state: State, advert: WorkerAdvert, request: PlaceOrder, spec: OrderSpec
+    node: Node, state: State, advert: WorkerAdvert, request: PlaceOrder, spec: OrderSpec, nonce: bytes
 ) -> tuple[Verified[Offer] | None, str]:
-    keys, nonce = node.machine_key.key_pair, secrets.token_bytes(32)
+    keys = node.machine_key.key_pair
     asked = OfferRequest(keys.public_key, spec, request.workload, nonce)
     frame = offer_request(keys, spec, request.workload, nonce, state.network)
     try:
