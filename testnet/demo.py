@@ -41,8 +41,11 @@ def run_demo(network: str, directory: Path | None, *, keep: bool, as_json: bool)
         demo = Demo(swarm, ledger, view)
         try:
             failure = _run_steps(demo, keep)
-        except BaseException:
+        except BaseException:  # Ctrl-C
+            view.line("stopping every node")
             swarm.down()
+            if own:
+                shutil.rmtree(target, ignore_errors=True)
             raise
         figures = _figures(demo, network, started_s, failure)
     if keep and failure is None:
@@ -88,7 +91,7 @@ def _run_steps(demo: Demo, keep: bool) -> str | None:
 
 def _figures(demo: Demo, network: str, started_s: float, failure: str | None) -> dict[str, Any]:
     """The JSON object. Times in the unit that their names end in."""
-    params = demo.ledger.state.params
+    wall_s, params = time.monotonic() - started_s, demo.ledger.state.params
     work_ms = _work_ms(demo)
     delays = demo.figures.get("checks", {}).pop("slot_to_certificate_ms", [])
     return {
@@ -96,7 +99,7 @@ def _figures(demo: Demo, network: str, started_s: float, failure: str | None) ->
         "failed_step": failure,
         "network": network,
         "order": demo.order or None,
-        "wall_s": round(time.monotonic() - started_s, 2),
+        "wall_s": round(wall_s, 2),
         "wall_limit_s": WALL_LIMIT_S,
         "work_ms": round(work_ms, 1),
         "block_ms": params.block_ms,

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from kaisar_p2p.errors import DataDirectoryError, KaisarError, NodeUnavailable
+from testnet.containers import end_containers
 from testnet.node_api import NodeApi
 from testnet.prepare import Member, Prepared, load_prepared
 from testnet.processes import Running, exit_code, peak_memory_bytes, spawn, stop, strays, tail
@@ -228,6 +229,7 @@ class Swarm:
         left = {name: each for name, each in self._read().items() if name not in running}
         if not left:
             stop(list(strays(self.directory)), 3.0)  # leases, which outlive their node by design
+            end_containers(self.prepared)
         self._write(left)
         for name in running:
             self._forget(name)
