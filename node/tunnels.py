@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import trio
 
-from kaisar_p2p.errors import ContainerError, DecodeError, KaisarError, MeshError, RequestFailed
+from kaisar_p2p.errors import ContainerError, DecodeError, KaisarError, MeshError, PortUnavailable, RequestFailed
 from kaisar_p2p.mesh import Mesh, MeshStream
 from kaisar_p2p.runtime.interface import ContainerRuntime, ExecSession
 from kaisar_p2p.tunnel import serve_local, splice
@@ -24,6 +24,7 @@ FRAME_BYTES = 1 << 17
 IDLE_TIMEOUT_S = 600.0
 OPEN_TIMEOUT_S = 10.0
 FIRST_FRAME_S = 10.0
+HANG_UP_POLL_S = 0.5
 LOG_TAIL_BYTES = 1 << 16
 STDIN, STDOUT, STDERR, EXIT = range(4)
 
@@ -141,6 +142,9 @@ async def _feed_stdin(stream: MeshStream, session: ExecSession, scope: trio.Canc
     try:
         while await stream.receive_some():
             pass
+        while True:  # a reset after the end of what comes in shows only when something goes out
+            await stream.send_some(b"")
+            await trio.sleep(HANG_UP_POLL_S)
     except MeshError:
         scope.cancel()
 
@@ -236,6 +240,8 @@ class TunnelClient:
             same = (existing.order_id, existing.port, existing.host) == (order_id, port, host)
             if same and local_port in (0, existing.local_port):
                 return existing
+        if not 0 <= local_port < 1 << 16:
+            raise PortUnavailable(f"{local_port} is not a port", hint="choose one from 1 to 65535, or 0 for any")
         request = _PortRequest(order_id, worker, port, host, local_port)
         await self._starts.send(request)
         await request.done.wait()
@@ -271,7 +277,7 @@ class TunnelClient:
                 self.local_ports.append(local)
                 request.result = local
                 request.done.set()
-        except* (KaisarError, OSError, OverflowError) as group:
+        except* (KaisarError, OSError) as group:
             failure = group.exceptions[0]
             log.warning("local port %d: %s", request.local_port, failure)
             request.error = failure if isinstance(failure, KaisarError) else MeshError(str(failure))

@@ -78,6 +78,13 @@ class Lab:
             await second.wait_connected()
         return first, second
 
+    @staticmethod
+    async def until(condition: Callable[[], bool]) -> None:
+        """Wait for what other tasks bring about."""
+        with trio.fail_after(PATIENCE_S):
+            while not condition():  # noqa: ASYNC110  (many conditions have no event)
+                await trio.sleep(0.005)
+
     async def stop(self, mesh: Mesh) -> None:
         """End one mesh, as when its process ends."""
         scope, stopped = self._scopes[mesh.key]
@@ -97,8 +104,12 @@ class FakeMesh:
 
     def __init__(self) -> None:
         self.key = b"\x01" * 32
+        self.connected = [b"\x02" * 32]
         self.published: list[tuple[str, bytes]] = []
         self.done: list[str] = []
+
+    def peers(self) -> list[bytes]:
+        return self.connected
 
     async def publish(self, topic: str, data: bytes) -> None:
         await trio.lowlevel.checkpoint()

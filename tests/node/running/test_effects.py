@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import trio
 
-from kaisar_p2p.errors import HardwareError, MeshError, RequestFailed, StoreError
+from kaisar_p2p.errors import HardwareError, LimitExceeded, MeshError, RequestFailed, StoreError
 from kaisar_p2p.wire.matproof import Job
 from node.driver import Driver
 from node.effects import CALL_TIMEOUT_S, QUEUE, REPLY_FRAMES, REQUEST_WORKERS, NodeEffects
@@ -324,8 +324,47 @@ async def test_every_request_ends_once(
         await trio.testing.wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()
     assert all(isinstance(event, do.Answer) for event in events[:-1])
-    assert events[-1] == do.RequestEnded("r", error)
+    assert events[-1] == do.RequestEnded("r", error, local=error.startswith("failed here"))
     assert effects.inbox.get_nowait() is None
+
+
+@pytest.mark.parametrize(
+    ("end", "connected", "local"),
+    [
+        (RequestFailed("the peer ended the stream early"), [PEER], False),
+        (RequestFailed("the peer ended the stream early"), [], True),  # we have lost everybody, not only this peer
+        (LimitExceeded("one of our own bounds"), [PEER], True),
+    ],
+)
+async def test_a_request_says_whether_its_failure_was_ours(
+    make_effects: MakeEffects, end: Exception, connected: list[bytes], local: bool, events_of: Any
+) -> None:
+    effects = make_effects()
+    effects.mesh.connected = connected  # type: ignore[attr-defined]
+    answers_with(effects, lambda: Stream(end=end))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(effects.run)
+        await effects.perform([request("r")], 1.0)
+        (ended,) = await events_of(effects.inbox)
+        nursery.cancel_scope.cancel()
+    assert ended.error and ended.local is local
+
+
+async def test_our_own_full_inbox_does_not_use_up_the_peers_time(
+    make_effects: MakeEffects, autojump_clock: trio.testing.MockClock
+) -> None:
+    effects, limit = make_effects(), RULES[Lane.RESULT].length
+    answers_with(effects, lambda: Stream(b"one", b"two"))
+    for n in range(limit):
+        effects.inbox.put(Lane.RESULT, do.RequestEnded(f"older {n}", ""))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(effects.run)
+        await effects.perform([request("r", deadline_s=2.0, max_frames=2)], 1.0)
+        await trio.sleep(60)
+        events = [await effects.inbox.get() for _ in range(limit + 3)][limit:]
+        nursery.cancel_scope.cancel()
+    assert [getattr(event, "payload", None) for event in events] == [b"one", b"two", None]
+    assert events[-1] == do.RequestEnded("r", "")
 
 
 async def test_a_peer_that_never_answers_costs_the_deadline_and_no_more(
