@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Annotated
 
-from kaisar_p2p.wire.codec import U8, U32, AtMost, Bytes32, Text64, encode, message
+from kaisar_p2p.wire.codec import U8, U32, AtMost, Bytes32, Text64, encode, is_line, message
 from kaisar_p2p.wire.crypto import sha256
 from protocols.actions import Duty, Note, Publish, Store
 from protocols.deploy import (
@@ -161,5 +161,5 @@ class Lease:
 
 def clipped(text: str) -> str:
     """At most 256 bytes of UTF-8, one line: a program's own words may be anything."""
-    line = " ".join(text.split())
+    line = "".join(letter for letter in " ".join(text.split()) if is_line(letter))
     return line.encode("utf-8", "replace")[:256].decode("utf-8", "ignore")

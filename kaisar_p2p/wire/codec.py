@@ -49,6 +49,13 @@ class AtMost:
 
 
 @dataclass(frozen=True)
+class Line:
+    """Text of at most this many bytes that is shown to people: without control characters (`is_line`)."""
+
+    length: int
+
+
+@dataclass(frozen=True)
 class Count:
     """A tuple of at most this many items."""
 
@@ -71,8 +78,18 @@ Bytes12 = Annotated[bytes, Exactly(12)]
 Bytes32 = Annotated[bytes, Exactly(32)]
 Bytes64 = Annotated[bytes, Exactly(64)]
 Bytes80 = Annotated[bytes, Exactly(80)]
-Text64 = Annotated[str, AtMost(64)]
-Text256 = Annotated[str, AtMost(256)]
+Text64 = Annotated[str, Line(64)]
+Text256 = Annotated[str, Line(256)]
+
+
+_STEERING = {*range(0x20), *range(0x7F, 0xA0), 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)}
+"""Code points that steer terminals and pages: C0 and C1 controls, separators of lines, marks of direction. A list of
+our own, because what Python calls printable changes with its version, and these rules must not."""
+
+
+def is_line(text: str) -> bool:
+    """Whether a text can be shown as it is: a stranger's words must not rewrite a terminal or forge lines of a log."""
+    return _STEERING.isdisjoint(map(ord, text))
 
 
 class Message(Protocol):
@@ -195,6 +212,8 @@ def _field_codec(hint: Any, where: str) -> tuple[Writer, Reader]:
             return _sized(bytes, bound.length, bound.length, where)
         if isinstance(bound, AtMost) and base in (bytes, str):
             return _sized(base, 0, bound.length, where)
+        if isinstance(bound, Line) and base is str:
+            return _checked(lambda value: _fits(str, 0, bound.length, value) and is_line(value), where)
         if isinstance(bound, Count) and get_origin(base) is tuple:
             return _items(_field_codec(get_args(base)[0], where), bound.most, where)
     if get_origin(hint) in (Union, types.UnionType):
@@ -225,13 +244,14 @@ def _integer(bits: int, where: str) -> tuple[Writer, Reader]:
 
 
 def _sized(kind: type, least: int, most: int, where: str) -> tuple[Writer, Reader]:
-    def fits(value: Any) -> bool:
-        if type(value) is not kind:
-            return False
-        length = len(value) if isinstance(value, bytes) else len(str(value).encode("utf-8", "surrogatepass"))
-        return least <= length <= most
+    return _checked(lambda value: _fits(kind, least, most, value), where)
 
-    return _checked(fits, where)
+
+def _fits(kind: type, least: int, most: int, value: Any) -> bool:
+    if type(value) is not kind:
+        return False
+    length = len(value) if isinstance(value, bytes) else len(str(value).encode("utf-8", "surrogatepass"))
+    return least <= length <= most
 
 
 def _amount(most: int, where: str) -> tuple[Writer, Reader]:

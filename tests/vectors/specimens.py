@@ -11,7 +11,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import kaisar_p2p
 import protocols
-from kaisar_p2p.wire.codec import AmountOf, AtMost, Bits, Count, Exactly, registered
+from kaisar_p2p.wire.codec import AmountOf, AtMost, Bits, Count, Exactly, Line, registered
 
 ITEMS = 2
 
@@ -42,7 +42,7 @@ def _value(hint: Any, where: str, index: int) -> Any:
                 return int.from_bytes(noise[: (index * 7) % (length + 1)], "big")
             case Exactly(length):
                 return (noise * (length // 32 + 1))[:length]
-            case AtMost(length) if base is str:
+            case AtMost(length) | Line(length) if base is str:
                 return noise.hex()[: min(length, 5 + index)]
             case AtMost(length):
                 return noise[: min(length, 9 + index)]

@@ -24,11 +24,19 @@ from kaisar_p2p.wire.codec import (
     decode,
     decode_any,
     encode,
+    is_line,
     message,
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "vectors"))
 from specimens import message_classes, specimen
+
+
+@message(118)
+@dataclass(frozen=True)
+class Labelled:
+    name: Text64
+
 
 CLASSES = list(message_classes().values())
 
@@ -56,7 +64,7 @@ OUTERS = st.builds(
     Outer,
     st.integers(0, 2**64 - 1),
     st.integers(0, 2**128 - 1),
-    st.text(max_size=16),
+    st.text(max_size=16).filter(is_line),
     st.binary(min_size=32, max_size=32),
     INNERS,
     st.lists(INNERS, max_size=3).map(tuple),
@@ -211,3 +219,13 @@ def test_every_message_of_the_network_round_trips_and_survives_mutation(cls: typ
                 except DecodeError:
                     continue
                 assert encode(other) == bad and other != value
+
+
+@pytest.mark.parametrize("letter", ["\n", "\r", "\x1b", "\x07", "\x7f", "\x9b", "\u2028", "\u202e", "\u2066"])
+def test_text_for_people_does_not_steer_what_shows_it(letter: str) -> None:
+    shown, hidden = encode(Labelled("name")), msgpack.packb((118, f"na{letter}me"))
+    assert decode(Labelled, shown).name == "name"
+    with pytest.raises(DecodeError):
+        decode(Labelled, hidden)
+    with pytest.raises(ValueError):
+        encode(Labelled(f"na{letter}me"))

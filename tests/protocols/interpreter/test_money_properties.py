@@ -11,6 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
+from kaisar_p2p.wire.codec import is_line
 from protocols import deploy
 from protocols.epochs import LEASES, REWARDS, EpochCertificate, LeafProof, LeaseLeaf, RewardLeaf
 from protocols.genesis import genesis_state
@@ -26,7 +27,7 @@ AMOUNTS = st.one_of(
     st.integers(0, 300).map(lambda kai: kai * KAI), st.integers(0, 10**23), st.sampled_from([1, 2**64, 2**128 - 1])
 )
 KEYS = st.one_of(NAMES, st.binary(min_size=32, max_size=32))
-ADDRESSES = st.lists(st.one_of(st.just("/dns/x/tcp/1"), st.text(max_size=20)), max_size=8)
+ADDRESSES = st.lists(st.one_of(st.just("/dns/x/tcp/1"), st.text(max_size=20).filter(is_line)), max_size=8)
 HEADER_LIES = st.fixed_dictionaries(
     {},
     optional={

@@ -194,7 +194,7 @@ def _(chain):
 @refuses("not a multiaddr")
 def _(chain):
     chain.do("alice", chain.bind_call("alice", calls.CLIENT))
-    return "alice", calls.BootstrapAnnounce(chain.machine("alice"), ("/ip4/1.1.1.1\n",))
+    return "alice", calls.BootstrapAnnounce(chain.machine("alice"), ("/dns4/b\u00fccher.example",))
 
 
 @refuses("announced already")
