@@ -7,13 +7,14 @@ node start an unlimited number of tasks.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import trio
 
-from kaisar_p2p.errors import KaisarError, MeshError, RequestFailed
+from kaisar_p2p.errors import KaisarError, LimitExceeded, MeshError, RequestFailed
 from kaisar_p2p.mesh import Mesh, MeshStream
 from node.clock import Clock
 from node.compute import Computer
@@ -171,20 +172,25 @@ class NodeEffects:
 
     async def _request(self, action: Action) -> None:
         assert isinstance(action, do.Request)
-        error = ""
+        error, local, began_at = "", False, self.clock.now()
         try:
-            with trio.fail_after(action.deadline_s):
+            with trio.fail_after(action.deadline_s) as deadline:
                 if action.peer == self.mesh.key:
                     await self._request_self(action)
                 else:
-                    await self._request_peer(action)
+                    await self._request_peer(action, deadline)
         except trio.TooSlowError:
             error = "timed out"
         except MeshError as failure:
-            error = failure.message
-        await self.inbox.put_patiently(Lane.RESULT, do.RequestEnded(action.request_id, error))
+            error, local = failure.message, isinstance(failure, LimitExceeded)
+        local = local or (bool(error) and self._is_isolated(action.peer))
+        await self.inbox.put_patiently(Lane.RESULT, do.RequestEnded(action.request_id, error, local, began_at))
 
-    async def _request_peer(self, action: do.Request) -> None:
+    def _is_isolated(self, peer: bytes) -> bool:
+        """Without any connection it is us who cannot be reached, as far as we can tell."""
+        return peer != self.mesh.key and not self.mesh.peers()
+
+    async def _request_peer(self, action: do.Request, deadline: trio.CancelScope) -> None:
         stream = await self.mesh.open_stream(
             action.peer,
             action.protocol,
@@ -197,7 +203,10 @@ class NodeEffects:
             for _ in range(action.max_frames):
                 frame = await stream.receive_frame()
                 answer = do.Answer(action.request_id, frame, self.clock.now(), sent_at)
+                left_s = deadline.deadline - trio.current_time()
+                deadline.deadline = math.inf  # while our own inbox is full, the peer's time stands still
                 await self.inbox.put_patiently(Lane.RESULT, answer)
+                deadline.deadline = trio.current_time() + left_s
 
     async def _request_self(self, action: do.Request) -> None:
         """A node with several roles may be drawn to check or serve itself: same path, without a stream."""
@@ -288,7 +297,7 @@ def _undone(action: Action, reason: str) -> Event | None:
     """What a machine hears of an action that was not carried out, so that it does not wait for its result."""
     match action:
         case do.Request():
-            return do.RequestEnded(action.request_id, reason)
+            return do.RequestEnded(action.request_id, reason, local=True)
         case do.Compute():
             return do.WorkDone(action.work_id, None, reason)
         case do.Deploy():

@@ -6,7 +6,7 @@ in virtual time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kaisar_p2p.wire.matproof import Job
@@ -59,10 +59,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class RequestEnded:
-    """A `Request` is over; `error` is empty when the peer closed normally."""
+    """A `Request` is over; `error` is empty when the peer closed normally.
+
+    `local` says that the failure was ours: nobody may be blamed for it. `began_at` is when the request left our own
+    queue (0 = it did not, or that is not known).
+    """
 
     request_id: str
     error: str
+    local: bool = False
+    began_at: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)

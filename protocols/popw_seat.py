@@ -1,9 +1,9 @@
 """The checker's side of a check: challenge, judge, vote, and count the votes of its committee (role checker).
 
 A check goes WAITING → COMMITTED → CHECKING → VOTED, or straight to VOTED when there is nothing to recompute, or to
-DROPPED when this node has no opinion because its own work failed. SILENT is voted only after an unusable answer or the
-end of the stream to the worker: an action that the journal refused has neither, so a node that asked before a crash
-does not accuse the worker after it.
+DROPPED when this node has no opinion: its own work failed, or its own backlog or isolation kept it from asking in time.
+SILENT is voted only after an unusable answer or the end of the stream to the worker: an action that the journal refused
+has neither, so a node that asked before a crash does not accuse the worker after it.
 """
 
 from __future__ import annotations
@@ -104,7 +104,11 @@ class Stage(Enum):
 
 @dataclass
 class Check:
-    """One check of this slot in which this node has a seat."""
+    """One check of this slot in which this node has a seat.
+
+    The worker's time counts from `sent_at`: the slot's start (`started_at`), or when the first challenge that may have
+    reached it (`reached_out`) left this node.
+    """
 
     name: str
     due: DueCheck
@@ -114,7 +118,9 @@ class Check:
     job: Job
     order: tuple[bytes, ...]
     tally: Tally
+    started_at: float
     sent_at: float
+    reached_out: bool = False
     stage: Stage = Stage.WAITING
     attempt: int = 0
     retry_at: float | None = None
@@ -214,7 +220,7 @@ class SeatMachine:
         payload, beacon = seal(challenge, self._keys, state.network), state.beacons[slot]
         order = aggregators(committee, beacon, due.worker, state.network)
         tally = Tally(committee, seat)
-        check = Check(name, due, challenge, payload, beacon, state.params.job, order, tally, now)
+        check = Check(name, due, challenge, payload, beacon, state.params.job, order, tally, now, now)
         self._checks[name] = check
         actions: list[Action] = [self._ask(check, state)]
         if order[0] == self._keys.public_key:
@@ -256,13 +262,12 @@ class SeatMachine:
         return []
 
     def _commit_frame(self, check: Check, event: Answer, state: State, now: float) -> list[Action]:
-        # Our own queue is not the worker's delay. A second attempt counts from the first, which may have arrived.
-        sent_at = event.sent_at if event.sent_at and not check.attempt else check.sent_at
-        elapsed_s = max(0.0, event.received_at - sent_at)
+        _left(check, event.sent_at)
+        elapsed_s = max(0.0, event.received_at - check.sent_at)
         limit_ms = state.params.challenge_wait_ms + state.params.deadline_ms
         _, _, verified = validate_commit(event.payload, check.challenge, check.committee, state.network)
         if verified is None or elapsed_s > limit_ms / 1000 + MARGIN_S:
-            return self._vote(check, SILENT, now)
+            return self._silent(check, now)
         check.elapsed_ms = min(int(elapsed_s * 1000), 2**32 - 1)
         check.envelope, check.commit = event.payload, verified.message
         check.commitment = commit_hash(verified.message, state.network)
@@ -274,7 +279,7 @@ class SeatMachine:
     def _tags_frame(self, check: Check, event: Answer, now: float) -> list[Action]:
         tags = validate_tags(event.payload, check.job)
         if tags is None or check.commit is None or self._state is None:
-            return self._vote(check, SILENT, now)
+            return self._silent(check, now)
         check.stage, check.tags = Stage.CHECKING, tags.rounds
         check.proof = vrf.prove(self._keys.seed, sample_input(check.commitment))
         task = CheckTask(
@@ -293,10 +298,19 @@ class SeatMachine:
             return self._vote_ended(event, now)
         if check.stage not in (Stage.WAITING, Stage.COMMITTED) or self._state is None:
             return []
-        asks_until = check.sent_at + self._state.params.challenge_wait_ms / 1000
+        if not event.local:
+            _left(check, event.began_at)
+        asks_until = check.started_at + self._state.params.challenge_wait_ms / 1000
         if check.stage is Stage.WAITING and event.error and now + RETRY_S < asks_until:
             check.retry_at = now + RETRY_S
             return []
+        return _dropped(check, event.error) if event.local else self._silent(check, now)
+
+    def _silent(self, check: Check, now: float) -> list[Action]:
+        """No usable answer: the worker's silence, unless we asked so late that it may have closed already."""
+        assert self._state is not None
+        if (check.sent_at - check.started_at) * 1000 > self._state.params.challenge_wait_ms / 2:
+            return _dropped(check, "this node asked too late")
         return self._vote(check, SILENT, now)
 
     def _work_done(self, event: WorkDone, now: float) -> list[Action]:
@@ -305,8 +319,7 @@ class SeatMachine:
             return []
         result = event.result
         if not isinstance(result, CheckResult):
-            check.stage, check.tags = Stage.DROPPED, ()
-            return [Note("check_failed", (("slot", check.challenge.slot), ("error", event.error[:200])))]
+            return _dropped(check, event.error)
         if result.ok:
             late = check.elapsed_ms > self._state.params.deadline_ms
             return self._vote(check, LATE if late else PASS, now, result.digest)
@@ -403,9 +416,23 @@ class SeatMachine:
         for check in self._checks.values():
             if check.retry_at is not None and check.retry_at <= now and self._state is not None:
                 check.retry_at, check.attempt = None, check.attempt + 1
+                if not check.reached_out:
+                    check.sent_at = now
                 actions.append(self._ask(check, self._state))
             if check.patience_at is not None and check.patience_at <= now:
                 check.patience_at = None
                 if not check.tally.closed:
                     actions += self._send_vote(check, AGGREGATORS)
         return actions
+
+
+def _left(check: Check, at: float) -> None:
+    """A challenge left this node, at `at` if that is known; later attempts count from the first, which may arrive."""
+    if not check.reached_out:
+        check.reached_out, check.sent_at = True, max(check.sent_at, at)
+
+
+def _dropped(check: Check, error: str) -> list[Action]:
+    """No opinion: whatever failed was ours."""
+    check.stage, check.tags, check.retry_at = Stage.DROPPED, (), None
+    return [Note("check_failed", (("slot", check.challenge.slot), ("error", error[:200])))]
