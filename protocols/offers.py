@@ -43,6 +43,9 @@ REQUEST_BYTES_MAX = WORKLOAD_BYTES_MAX + 1_024
 OFFER_BYTES_MAX = 1_024
 MAX_HOLDS = 64
 MAX_HOLDS_OF_A_PEER = 4
+REST_S = 60.0
+"""After an offer that an owner did not take, the next ones for it reserve nothing for so long."""
+MAX_RESTING = 4_096
 
 # ── the client's side ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -104,12 +107,18 @@ def _refusal(payload: bytes) -> Refusal | None:
 
 @dataclass(frozen=True)
 class Hold:
-    """An offer that a client may still take; `until` in seconds, a little longer than the offer itself is valid."""
+    """An offer that a client may still take; `until` in seconds, a little longer than the offer itself is valid.
+
+    Only a `firm` one reserves resources: asking is free, so who cannot pay, or asked before and did not take it, gets
+    an offer like anybody but keeps nobody else from taking theirs. The ledger then decides who was first.
+    """
 
     request: OfferRequest
     offer: Offer
     envelope: bytes
     until: float
+    owner: bytes = b""
+    firm: bool = True
 
 
 class Holds:
@@ -120,13 +129,30 @@ class Holds:
 
     def __init__(self) -> None:
         self._holds: dict[bytes, Hold] = {}
+        self._resting: dict[bytes, float] = {}
 
     def __len__(self) -> int:
         return len(self._holds)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether another hold fits, if need be in the place of one that reserves nothing."""
+        return len(self._holds) < MAX_HOLDS or any(not hold.firm for hold in self._holds.values())
+
     def add(self, hold: Hold, network: bytes) -> None:
-        """Keep what was offered."""
+        """Keep what was offered; when there are too many, the oldest that reserves nothing gives way."""
+        if len(self._holds) >= MAX_HOLDS:
+            weak = next((key for key, each in self._holds.items() if not each.firm), None)
+            if weak is not None:
+                del self._holds[weak]
         self._holds[offer_hash(hold.offer, network)] = hold
+
+    def reserves(self, owner: bytes, price_planck: int, state: State, now: float) -> bool:
+        """Whether an offer of this price would reserve: the owner can pay for all of them, and took the last one."""
+        account = state.accounts.get(owner)
+        promised = sum(_price(hold) for hold in self._holds.values() if hold.owner == owner and hold.firm)
+        able = account is not None and account.balance_planck + account.points_planck >= promised + price_planck
+        return able and self._resting.get(owner, 0.0) <= now
 
     def find(self, request: OfferRequest) -> Hold | None:
         """The offer that this very request got already."""
@@ -144,7 +170,12 @@ class Holds:
     def expire(self, now: float) -> None:
         """Drop what nobody took."""
         for key in [key for key, hold in self._holds.items() if hold.until <= now]:
-            del self._holds[key]
+            hold = self._holds.pop(key)
+            if hold.firm:
+                self._resting.pop(hold.owner, None)
+                self._resting[hold.owner] = now + REST_S
+        while self._resting and (len(self._resting) > MAX_RESTING or next(iter(self._resting.values())) <= now):
+            del self._resting[next(iter(self._resting))]
 
     def free(self, state: State, worker: bytes) -> Spec | None:
         """What open orders and holds leave of the worker's registered resources; None if it is not registered."""
@@ -162,9 +193,13 @@ class Holds:
         taken += [
             hold.request.spec.resources
             for hold in self._holds.values()
-            if worker + hold.offer.nonce not in state.used_offers
+            if hold.firm and worker + hold.offer.nonce not in state.used_offers
         ]
         return _without(registered.spec, taken)
+
+
+def _price(hold: Hold) -> int:
+    return total_planck(hold.offer.price_planck_per_hour, hold.request.spec.duration_s)
 
 
 def _without(spec: Spec, taken: list[Spec]) -> Spec:
@@ -244,7 +279,7 @@ class OfferMachine:
         free = self._holds.free(state, key)
         if free is None or not asked.cpu_cores or not asked.memory_mb or not fits(asked, free):
             return NO_CAPACITY, ""
-        if len(self._holds) >= MAX_HOLDS or len(state.open_orders.get(key, ())) >= state.params.max_open_orders:
+        if not self._holds.has_room or len(state.open_orders.get(key, ())) >= state.params.max_open_orders:
             return BUSY, ""
         return None
 
@@ -261,7 +296,10 @@ class OfferMachine:
             nonce=request.nonce,
         )
         envelope = seal(offer, self._keys, state.network)
-        self._holds.add(Hold(request, offer, envelope, now + hold_s(state.params)), state.network)
+        owner = state.machines[request.client_key].owner
+        price = total_planck(offer.price_planck_per_hour, request.spec.duration_s)
+        firm = self._holds.reserves(owner, price, state, now)
+        self._holds.add(Hold(request, offer, envelope, now + hold_s(state.params), owner, firm), state.network)
         return Reply(call.call_id, envelope)
 
 

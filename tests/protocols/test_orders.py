@@ -18,7 +18,16 @@ from kaisar_p2p.wire.envelope import open_signed, seal
 from protocols.actions import BlockApplied, Incoming, Reply
 from protocols.adverts import CPU_CLASS, GPU_CLASS, Spec, WorkerAdvert
 from protocols.digests import spec_hash
-from protocols.interpreter.state import ACTIVE, ORDER_OPEN, REGISTERED, MachineState, OrderState, State, WorkerState
+from protocols.interpreter.state import (
+    ACTIVE,
+    ORDER_OPEN,
+    REGISTERED,
+    AccountState,
+    MachineState,
+    OrderState,
+    State,
+    WorkerState,
+)
 from protocols.offers import (
     MAX_HOLDS,
     MAX_HOLDS_OF_A_PEER,
@@ -73,7 +82,10 @@ WORKER, CLIENT = keys_of("worker"), keys_of("client")
 def state_of(workers: dict[bytes, WorkerState] | None = None, **changes: Any) -> State:
     known = workers or {WORKER.public_key: WorkerState(OWNER, SPEC, CHEAP, 1, ACTIVE, 0)}
     machines = Map({key: MachineState(OWNER, 7, 0) for key in (*known, CLIENT.public_key)})
-    state = State(NETWORK, DEMO, number=9, time_ms=int(NOW * 1000), workers=Map(known), machines=machines)
+    accounts = Map({OWNER: AccountState(balance_planck=10**24)})
+    state = State(
+        NETWORK, DEMO, number=9, time_ms=int(NOW * 1000), workers=Map(known), machines=machines, accounts=accounts
+    )
     return replace(state, **changes)
 
 
@@ -346,6 +358,25 @@ def test_holds_are_bounded_for_each_peer_and_overall() -> None:
         assert code_of(desk.ask(desk.request(client_key=client.public_key), keys=client)) == BUSY
     assert len(desk.holds) == MAX_HOLDS
     assert code_of(desk.ask(desk.request(client_key=clients[-1].public_key), keys=clients[-1])) == BUSY
+
+
+def test_asking_for_nothing_keeps_nobody_out() -> None:
+    """All of the worker is asked for again and again, by one owner with many keys: others get their offers."""
+    whole = {"resources": {"cpu_cores": SPEC.cpu_cores}}
+    flood, other = [keys_of(f"flood {number}") for number in range(32)], keys_of("other")
+    rich, poor, honest = (sha256(name).digest() for name in (b"rich", b"poor", b"honest"))
+    owners = [*(rich, poor) * 16, honest]
+    machines = {each.public_key: MachineState(owner, 4, 0) for each, owner in zip([*flood, other], owners, strict=True)}
+    accounts = Map({rich: AccountState(10**24), poor: AccountState(0), honest: AccountState(10**24)})
+    desk = Desk(replace(state_of(), machines=Map(machines), accounts=accounts))
+    asked = {"client_key": other.public_key}
+    for second in range(0, 40, 10):
+        for client in flood:
+            for _ in range(MAX_HOLDS_OF_A_PEER + 1):
+                desk.ask(desk.request(client_key=client.public_key, **whole), keys=client, now=NOW + second)
+        assert len(desk.holds) <= MAX_HOLDS
+        if second:  # the first offer to the rich one was firm: a hold is a hold
+            decode_offer(desk.ask(desk.request(resources={"cpu_cores": 1}, **asked), keys=other, now=NOW + second))
 
 
 def test_open_orders_take_capacity_and_a_taken_offer_counts_once() -> None:
