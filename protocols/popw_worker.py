@@ -51,6 +51,7 @@ from protocols.recheck import MAX_RECHECKS, can_be_recheck
 NOTHING = b""
 """The last, empty frame to a seat that gets no commitment."""
 CALLS_PER_SEAT = 4
+MAX_EARLY = 4 * MAX_SEATS
 
 
 @dataclass(frozen=True)
@@ -179,9 +180,11 @@ class WorkerCheckMachine:
         return self._challenged(run, verified, event.call_id, now)
 
     def _keep_early(self, event: Incoming, state: State) -> list[Action]:
-        """A seat that applied the slot's first block before us: wait for the block. One call of each known checker."""
-        machine = state.machines.get(event.peer)
-        if machine is None or not machine.roles & CHECKER or len(self._early) >= MAX_SEATS:
+        """A seat that applied the slot's first block before us: wait for the block. One call of each that may be drawn.
+
+        Keys without stake, which anybody can have, must not take the places of seats.
+        """
+        if not _may_be_drawn(state, event.peer) or len(self._early) >= MAX_EARLY:
             return [Reply(event.call_id, NOTHING)]
         replaced = self._early.pop(event.peer, None)
         self._early[event.peer] = event
@@ -263,6 +266,16 @@ class WorkerCheckMachine:
             run.phase, run.answer_at = Phase.HELD, now + self._faults.delay_s
             return []
         return _answer_all(run)
+
+
+def _may_be_drawn(state: State, key: bytes) -> bool:
+    """Whether a key may have a seat in the next slot: by the registry, or if an epoch ends before it, by its stake."""
+    slot, machine = state.slot + 1, state.machines.get(key)
+    registry = state.registries.get(state.params.epoch_of_slot(slot))
+    if registry is not None:
+        return any(key == member and stake > 0 for member, stake in registry)
+    account = state.accounts.get(machine.owner) if machine is not None and machine.roles & CHECKER else None
+    return account is not None and account.stake_planck >= max(1, state.params.min_stake_planck)
 
 
 def _slot_of(call: Incoming) -> int:
