@@ -111,7 +111,9 @@ class _Buffers:
 
     @classmethod
     def allocate(cls, job: Job, limit_bytes: int | None) -> _Buffers:
-        left_rows, right_rows = _rows(job, _LEFT_BYTES), _rows(job, _RIGHT_BYTES)
+        # A quarter of a small job at a time costs nothing and saves memory; large jobs are cut smaller anyway.
+        quarter = max(1, job.n // job.t // 4) * job.t
+        left_rows, right_rows = min(quarter, _rows(job, _LEFT_BYTES)), _rows(job, _RIGHT_BYTES)
         needed = 4 * ((left_rows + right_rows) * job.k + 3 * left_rows * right_rows)
         available = psutil.virtual_memory().available if limit_bytes is None else limit_bytes
         if needed > available:
