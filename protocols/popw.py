@@ -110,6 +110,18 @@ class Assignment:
     seats: Annotated[tuple[Bytes32, ...], Count(MAX_SEATS)]
 
 
+@message(27)
+@dataclass(frozen=True)
+class CommitRequest:
+    """Seat → seat on `/kaisar/vote/1`: the envelope of the commitment that you voted on, for it is not the one I have.
+
+    Answered by the worker's envelope, or 00. Not signed: it discloses nothing but what the asked seat was sent.
+    """
+
+    slot: U32
+    worker: Bytes32
+
+
 # ── what follows from the messages ───────────────────────────────────────────────────────────────────────────────────
 
 ENVELOPE_BYTES_MAX = 16_384

@@ -37,7 +37,7 @@ from protocols.actions import (
 )
 from protocols.committees import check_committee
 from protocols.due import DueCheck
-from protocols.equivocation import EVIDENCE_TOPIC, WrongResult
+from protocols.equivocation import EVIDENCE_TOPIC, LazyCheck, WrongResult
 from protocols.interpreter.events import SlotStarted
 from protocols.interpreter.state import State
 from protocols.popw import (
@@ -55,6 +55,7 @@ from protocols.popw import (
     Assignment,
     Challenge,
     Commit,
+    CommitRequest,
     PrivatePart,
     Vote,
     aggregators,
@@ -67,6 +68,7 @@ from protocols.popw import (
     validate_commit,
     validate_tags,
 )
+from protocols.popw_commits import Commitments, parse_commit_request
 from protocols.popw_votes import (
     CERTIFICATE_TOPIC,
     COUNTED,
@@ -118,6 +120,7 @@ class Check:
     job: Job
     order: tuple[bytes, ...]
     tally: Tally
+    commitments: Commitments
     started_at: float
     sent_at: float
     reached_out: bool = False
@@ -125,9 +128,7 @@ class Check:
     attempt: int = 0
     retry_at: float | None = None
     elapsed_ms: int = 0
-    envelope: bytes = b""
     commit: Commit | None = None
-    commitment: bytes = NO_COMMIT
     tags: tuple[bytes, ...] = ()
     proof: bytes = b""
     vote: bytes = b""
@@ -179,10 +180,9 @@ class SeatMachine:
             case WorkDone():
                 return self._work_done(event, now)
             case Gossip(topic=topic, message=QuorumCertificate() as certificate) if topic == CERTIFICATE_TOPIC:
-                self._certified(certificate)
-                return []
-            case Gossip(topic=topic, message=WrongResult() as wrong) if topic == EVIDENCE_TOPIC:
-                return self._proven_wrong(wrong)
+                return self._certified(certificate)
+            case Gossip(topic=topic, message=WrongResult() | LazyCheck() as evidence) if topic == EVIDENCE_TOPIC:
+                return self._proven(evidence)
             case Wake():
                 return self._wake(now)
             case _:
@@ -220,7 +220,8 @@ class SeatMachine:
         payload, beacon = seal(challenge, self._keys, state.network), state.beacons[slot]
         order = aggregators(committee, beacon, due.worker, state.network)
         tally = Tally(committee, seat)
-        check = Check(name, due, challenge, payload, beacon, state.params.job, order, tally, now, now)
+        commitments = Commitments(name, CommitRequest(slot, due.worker))
+        check = Check(name, due, challenge, payload, beacon, state.params.job, order, tally, commitments, now, now)
         self._checks[name] = check
         actions: list[Action] = [self._ask(check, state)]
         if order[0] == self._keys.public_key:
@@ -256,6 +257,9 @@ class SeatMachine:
             if check.stage is Stage.COMMITTED:
                 return self._tags_frame(check, event, now)
             return []
+        asked = self._find(event.request_id, "commit")
+        if asked is not None and self._state is not None:
+            return asked.commitments.seen(event.payload, self._state)
         voted = self._find(event.request_id, "vote")
         if voted is not None and event.payload == COUNTED:
             voted.pending.discard(event.request_id)
@@ -269,8 +273,8 @@ class SeatMachine:
         if verified is None or elapsed_s > limit_ms / 1000 + MARGIN_S:
             return self._silent(check, now)
         check.elapsed_ms = min(int(elapsed_s * 1000), 2**32 - 1)
-        check.envelope, check.commit = event.payload, verified.message
-        check.commitment = commit_hash(verified.message, state.network)
+        check.commit, check.commitments.envelope = verified.message, event.payload
+        check.commitments.hash = commit_hash(verified.message, state.network)
         if verified.message.job != check.job.pack() or len(verified.message.roots) != check.job.rounds:
             return self._vote(check, BADJOB, now)
         check.stage = Stage.COMMITTED
@@ -279,9 +283,10 @@ class SeatMachine:
     def _tags_frame(self, check: Check, event: Answer, now: float) -> list[Action]:
         tags = validate_tags(event.payload, check.job)
         if tags is None or check.commit is None or self._state is None:
-            return self._silent(check, now)
+            found = check.commitments.seen(event.payload, self._state) if self._state is not None else []
+            return [*found, *self._silent(check, now)]
         check.stage, check.tags = Stage.CHECKING, tags.rounds
-        check.proof = vrf.prove(self._keys.seed, sample_input(check.commitment))
+        check.proof = vrf.prove(self._keys.seed, sample_input(check.commitments.hash))
         task = CheckTask(
             job=check.job,
             seed=seed_of(check.commit, check.beacon, self._state.network),
@@ -332,7 +337,7 @@ class SeatMachine:
     def _evidence(self, check: Check, round_index: int, tile: int) -> list[Action]:
         tags = matproof.tags_from_bytes(check.job, check.tags[round_index])
         chunk, path = matproof.chunk_path(tags, tile)
-        wrong = WrongResult(decode(Signed, check.envelope), round_index, tile, chunk, path)
+        wrong = WrongResult(decode(Signed, check.commitments.envelope), round_index, tile, chunk, path)
         note = Note(
             "evidence",
             (("kind", "wrong result"), ("offender", check.due.worker.hex()), ("slot", check.challenge.slot)),
@@ -345,13 +350,13 @@ class SeatMachine:
     def _vote(self, check: Check, verdict: int, now: float, digest: bytes = NO_DIGEST) -> list[Action]:
         assert self._state is not None
         network, own = self._state.network, check.challenge
-        commitment = NO_COMMIT if verdict == SILENT else check.commitment
+        commitment = NO_COMMIT if verdict == SILENT else check.commitments.hash
         core = VerdictCore(own.epoch, own.slot, own.worker, commitment, verdict)
         signature = self._sign(core, network)
         proof = b"" if verdict in (SILENT, BADJOB) else check.proof
         private = PrivatePart(core_hash(core, network), own.seat, check.elapsed_ms, proof, digest)
         check.vote = encode(Vote(core, signature, private, self._sign(private, network)))
-        check.stage, check.duty, check.tags, check.envelope = Stage.VOTED, verdict_duty(core), (), b""
+        check.stage, check.duty, check.tags = Stage.VOTED, verdict_duty(core), ()
         check.retry_at, check.patience_at = None, now + VOTE_PATIENCE_S
         data = (("slot", own.slot), ("worker", own.worker.hex()), ("verdict", VERDICT_NAMES[verdict]))
         actions: list[Action] = [Note("check", (*data, ("elapsed_ms", check.elapsed_ms)))]
@@ -389,27 +394,45 @@ class SeatMachine:
     def _incoming_vote(self, event: Incoming) -> list[Action]:
         if is_core_vote(event.payload):
             return []
+        request = parse_commit_request(event.payload)
+        if request is not None:
+            return [self._own_commit(request, event)]
         vote = parse_vote(event.payload)
         check = self._checks.get(f"{vote.core.slot}/{vote.core.worker.hex()}") if vote else None
         if vote is None or check is None or self._state is None:
             return [Reply(event.call_id, REFUSED)]
         answer, actions = check.tally.receive(vote, event.peer, self._state)
-        return [Reply(event.call_id, answer), *actions]
+        other = check.commitments.named(vote.core.commit, event.peer) if answer == COUNTED else []
+        return [Reply(event.call_id, answer), *actions, *other]
 
-    def _certified(self, certificate: QuorumCertificate) -> None:
+    def _own_commit(self, request: CommitRequest, event: Incoming) -> Reply:
+        """Another seat has a different commitment; what we voted on is shown to the committee only."""
+        check = self._checks.get(f"{request.slot}/{request.worker.hex()}")
+        if check is None or check.stage is not Stage.VOTED or event.peer not in check.committee.seats:
+            return Reply(event.call_id, REFUSED)
+        return Reply(event.call_id, check.commitments.envelope or REFUSED)
+
+    def _certified(self, certificate: QuorumCertificate) -> list[Action]:
         core = certificate.core
         if not isinstance(core, VerdictCore):
-            return
+            return []
         self._open.certified(core.worker, core.slot)
         check = self._checks.get(f"{core.slot}/{core.worker.hex()}")
         if check is not None:
             check.tally.closed, check.patience_at = True, None
+            first = certificate.mask.bit_length() - 1
+            if 0 <= first < len(check.committee.seats):
+                return check.commitments.named(core.commit, check.committee.seats[first])
+        return []
 
-    def _proven_wrong(self, wrong: WrongResult) -> list[Action]:
+    def _proven(self, evidence: WrongResult | LazyCheck) -> list[Action]:
         """Another seat's evidence on a check of ours; its rules hold a right commit, so it can be decoded."""
-        commit = decode(Commit, wrong.commit.body)
+        commit, state = decode(Commit, evidence.commit.body), self._state
         check = self._checks.get(f"{commit.slot}/{commit.worker.hex()}")
-        return check.tally.found_wrong(wrong, self._state) if check and self._state else []
+        if check is None or state is None:
+            return []
+        found = check.tally.found_wrong(evidence, state) if isinstance(evidence, WrongResult) else []
+        return [*found, *check.commitments.seen(encode(evidence.commit), state)]
 
     def _wake(self, now: float) -> list[Action]:
         actions: list[Action] = []
