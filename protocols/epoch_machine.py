@@ -161,25 +161,29 @@ class EpochMachine:
         if event.topic == EVIDENCE_TOPIC and isinstance(message, EVIDENCE):
             self._pool.add_evidence(evidence_id(message, self._network), state.slot)
         elif event.topic == TOPIC and isinstance(message, Verified):
-            self._on_epoch_message(message, event.received_at, state)
+            return self._on_epoch_message(message, event.received_at, state)
         return []
 
     def _on_certificate(self, certificate: QuorumCertificate, state: State) -> list[Action]:
         digest = self._pool.add(certificate, state.slot)
         return [] if digest is None else [Store("certificate", digest, encode(certificate))]
 
-    def _on_epoch_message(self, verified: Verified[object], received_at: float, state: State) -> None:
+    def _on_epoch_message(self, verified: Verified[object], received_at: float, state: State) -> list[Action]:
         message = verified.message
         epoch = message.header.epoch if isinstance(message, HeaderProposal) else getattr(message, "epoch", -1)
         if epoch <= state.last_anchor or epoch > state.epoch or epoch < max(self._tallies, default=0):
-            return
+            return []
         tally = self._tallies.setdefault(epoch, Tally(epoch))
         if isinstance(message, MixReveal):
             tally.add_reveal(verified.signer, message, received_at)
         elif isinstance(message, HeaderProposal):
             tally.add_proposal(message.header, self._network)
         elif isinstance(message, HeaderVote):
-            tally.add_vote(verified.signer, message, verified.envelope)
+            evidence = tally.add_vote(verified.signer, message, verified.envelope)
+            if evidence is not None:
+                data = (("kind", "double header"), ("offender", verified.signer.hex()), ("epoch", epoch))
+                return [Publish(EVIDENCE_TOPIC, encode(evidence)), Note("evidence", data)]
+        return []
 
     # ── propose, judge, submit ───────────────────────────────────────────────────────────────────────────────────────
 

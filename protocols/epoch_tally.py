@@ -11,6 +11,7 @@ from protocols.committees import is_supermajority
 from protocols.digests import header_hash
 from protocols.epoch_gossip import MAX_ROUNDS
 from protocols.epochs import EpochCertificate, EpochHeader, HeaderVote, MixReveal, SignedReveal
+from protocols.equivocation import DoubleHeader
 from protocols.interpreter.audit import state_root
 from protocols.interpreter.state import Registry, State
 
@@ -78,6 +79,7 @@ class Tally:
     _reveals: dict[bytes, tuple[bytes, float]] = field(default_factory=dict)
     _proposals: dict[int, tuple[EpochHeader, bytes]] = field(default_factory=dict)
     _votes: dict[int, dict[bytes, tuple[bytes, bytes]]] = field(default_factory=dict)
+    _accused: set[bytes] = field(default_factory=set)
 
     def add_reveal(self, signer: bytes, reveal: MixReveal, received_at: float) -> None:
         """Keep a checker's verified reveal; it can have only one."""
@@ -89,12 +91,25 @@ class Tally:
             self._proposals.setdefault(header.round, (header, header_hash(header, network)))
             self.changed_rounds.add(header.round)
 
-    def add_vote(self, signer: bytes, vote: HeaderVote, envelope: bytes) -> None:
-        """Keep a member's first vote of a round: its verified envelope's signature is what the certificate needs."""
-        if vote.round < MAX_ROUNDS:
-            ballots = self._votes.setdefault(vote.round, {})
-            ballots.setdefault(signer, (vote.header_hash, decode(Signed, envelope).signature))
-            self.changed_rounds.add(vote.round)
+    def add_vote(self, signer: bytes, vote: HeaderVote, envelope: bytes) -> DoubleHeader | None:
+        """Keep a member's first vote of a round: its verified envelope's signature is what the certificate needs.
+
+        Returns evidence when it has voted differently in this round before, once for each member and epoch.
+        """
+        if vote.round >= MAX_ROUNDS:
+            return None
+        signature = decode(Signed, envelope).signature
+        first = self._votes.setdefault(vote.round, {}).setdefault(signer, (vote.header_hash, signature))
+        self.changed_rounds.add(vote.round)
+        if first[0] == vote.header_hash or signer in self._accused:
+            return None
+        self._accused.add(signer)
+        votes = [
+            (HeaderVote(vote.epoch, vote.round, digest), each)
+            for digest, each in (first, (vote.header_hash, signature))
+        ]
+        votes.sort(key=lambda pair: pair[0].header_hash)  # the same evidence, whoever finds it
+        return DoubleHeader(signer, *votes[0], *votes[1])
 
     def reveals(self) -> tuple[SignedReveal, ...]:
         """All reveals."""
