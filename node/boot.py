@@ -20,6 +20,7 @@ from kaisar_p2p.identity import Keystore, MachineKey, Wallet
 from kaisar_p2p.ledger import EmbeddedLedger, open_embedded
 from kaisar_p2p.mesh import Mesh, MeshConfig, open_mesh
 from kaisar_p2p.runtime.interface import ContainerRuntime
+from kaisar_p2p.wire.crypto import sha256
 from node.api.server import serve_api
 from node.chain import CallSubmitter, Chain
 from node.clock import Clock
@@ -39,6 +40,7 @@ from node.store import NodeStore
 from node.topics import Switchboard
 from node.tunnels import TunnelClient, TunnelServer
 from protocols.deploy import TUNNEL_PROTOCOL
+from protocols.genesis import DOCUMENT_BYTES
 from protocols.lease_client import LeaseClientMachine
 from protocols.machine import Machine
 from protocols.onboarding import Onboarding
@@ -56,8 +58,25 @@ def unlock_keys(config: Config, passphrase: str | None) -> tuple[MachineKey, Wal
     return keystore.unlock_machine_key(passphrase), keystore.unlock(config.node.wallet, passphrase)
 
 
+def check_network(config: Config, network: bytes) -> None:
+    """ConfigError unless the ledger of `network` (32 bytes) is the one of this data directory's genesis document.
+
+    Duties and offers are bound to a network: on another one, a node would sign what it must not.
+    """
+    path = config.genesis_path
+    try:
+        with path.open("rb") as file:
+            document = file.read(DOCUMENT_BYTES + 1)
+    except OSError as error:
+        hint = "restore it, or set network.genesis: it says which network this node belongs to"
+        raise ConfigError(f"{path} cannot be read: {error.strerror}", hint=hint) from None
+    if sha256(document) != network:
+        hint = "set ledger.path to this network's file; for another network, make another data directory"
+        raise ConfigError(f"{config.ledger_path} is the ledger of another network than {path}", hint=hint)
+
+
 async def run_node(config: Config, keys: MachineKey, wallet: Wallet, ready: Callable[[Node], None]) -> None:
-    """Run a node until SIGINT or SIGTERM; `ready` is called once its API answers.
+    """Run a node until SIGINT, SIGTERM or SIGHUP; `ready` is called once its API answers.
 
     The caller holds the lock of the data directory. Raises KaisarError when the node cannot start or go on.
     """
@@ -68,6 +87,7 @@ async def run_node(config: Config, keys: MachineKey, wallet: Wallet, ready: Call
         try:
             # 2. the ledger, and the state that it adds up to
             async with open_embedded(config.ledger_path, poll_s=config.ledger.poll_s) as ledger:
+                check_network(config, ledger.network)
                 await _run_on_ledger(config, keys, wallet, ready, store, clock, inbox, ledger)
         finally:
             store.close()
@@ -217,8 +237,14 @@ def _serve(node: Node, each: Served) -> None:
     )
 
 
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """What ends a node cleanly. A terminal that closes does, unless its SIGHUP is ignored, as under `nohup`."""
+    hang_up = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+    return (signal.SIGINT, signal.SIGTERM, *hang_up)
+
+
 async def _stop_on_signal(node: Node) -> None:
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    with trio.open_signal_receiver(*stop_signals()) as signals:
         async for received in signals:
             log.info("received %s", signal.Signals(received).name)
             node.stop()

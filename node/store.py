@@ -7,6 +7,7 @@ what "journal before effect" rests on.
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator
@@ -48,6 +49,8 @@ class NodeStore:
         self._path = path
         self._writing = threading.Lock()
         try:
+            # SQLite gives its journals the mode of the file; nobody else is to read them.
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
@@ -59,7 +62,7 @@ class NodeStore:
                 )
             self._db.executescript(_SCHEMA)
             self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             raise StoreError(
                 f"cannot open {path}: {error}", hint="check the disk and the file's permissions"
             ) from error

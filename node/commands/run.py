@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -107,10 +106,10 @@ def _run_until_signal(config: Config, keys: MachineKey, wallet: Wallet, ready: C
     """A signal before the node is ready ends its start; later ones stop the node, and then cut its end short."""
     import trio
 
-    from node.boot import run_node
+    from node.boot import run_node, stop_signals
 
     async def cancel_on_signal(scope: trio.CancelScope, task_status: trio.TaskStatus[None]) -> None:
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        with trio.open_signal_receiver(*stop_signals()) as signals:
             task_status.started()
             async for _ in signals:
                 scope.cancel()

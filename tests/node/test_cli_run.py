@@ -45,7 +45,7 @@ def node(home: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_node_runs_until_it_is_told_to_stop(
     node: subprocess.Popen[str], home: Path, tmp_path: Path, how: signal.Signals
 ) -> None:
@@ -80,3 +80,19 @@ def test_a_port_that_is_taken_ends_the_start(node: subprocess.Popen[str], home: 
     assert failed.returncode == 1
     assert f"port {taken}" in failed.stderr and "Traceback" not in failed.stderr
     assert not (tmp_path / "other" / "api.json").exists()
+
+
+def test_the_ledger_of_another_network_is_refused(home: Path, tmp_path: Path) -> None:
+    other = {**os.environ, "KAISAR_HOME": str(tmp_path / "other")}
+    init = command("init", "--no-passphrase", "--network", "testnet")
+    subprocess.run(init, check=True, capture_output=True, timeout=LIMIT_S, env=other)
+    (tmp_path / "other" / "ledger.sqlite").replace(home / "ledger.sqlite")
+    failed = subprocess.run(command("run"), capture_output=True, text=True, timeout=LIMIT_S)
+    assert (failed.returncode, failed.stdout) == (4, "")
+    assert "ledger.sqlite is the ledger of another network than" in failed.stderr and "Traceback" not in failed.stderr
+    assert not (home / "api.json").exists()
+
+    (home / "genesis.json").unlink()
+    failed = subprocess.run(command("run"), capture_output=True, text=True, timeout=LIMIT_S)
+    assert failed.returncode == 4
+    assert "genesis.json cannot be read: No such file" in failed.stderr

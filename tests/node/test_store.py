@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,18 @@ def test_duties_survive_a_reopened_file(tmp_path: Path) -> None:
     assert again.commit([Duty("vote/1", b"b")], [], [], 2.0) == {"vote/1"}
     assert list(again.items("body")) == [(b"k", b"v")]
     assert [(event.kind, event.data) for event in again.events(0, 10)] == [("x", {"n": 1})]
+
+
+def test_nobody_else_can_read_what_is_kept(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        store = NodeStore(tmp_path / "node.sqlite")
+        store.commit([Duty("vote/1", b"a")], [], [], 1.0)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert "node.sqlite-wal" in modes
+    assert set(modes.values()) == {0o600}
 
 
 def test_kill_9_after_commit_loses_nothing(tmp_path: Path) -> None:
@@ -104,8 +118,8 @@ def test_prune_bounds_items_and_events(store: NodeStore) -> None:
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.binary(min_size=1, max_size=1)), max_size=20))
 def test_the_first_digest_of_each_duty_stands(steps: list[tuple[str, bytes]]) -> None:
-    store = NodeStore(Path(":memory:"))
     model: dict[str, bytes] = {}
-    for key, digest in steps:
-        refused = store.commit([Duty(key, digest)], [], [], 0.0)
-        assert (key in refused) == (model.setdefault(key, digest) != digest)
+    with tempfile.TemporaryDirectory() as directory, contextlib.closing(NodeStore(Path(directory) / "s")) as store:
+        for key, digest in steps:
+            refused = store.commit([Duty(key, digest)], [], [], 0.0)
+            assert (key in refused) == (model.setdefault(key, digest) != digest)
