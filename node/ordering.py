@@ -80,6 +80,12 @@ def _check_request(node: Node, state: State, request: PlaceOrder) -> None:
     if not params.min_duration_s <= request.duration_s <= params.max_duration_s:
         limits = f"{params.min_duration_s} to {params.max_duration_s} s"
         raise OrderRefused(f"a duration of {request.duration_s} s is out of bounds", hint=f"choose {limits}")
+    owned = state.accounts.get(node.wallet.public_key, AccountState()).points_planck
+    if request.points_planck > owned:
+        asked = planck_to_kai(request.points_planck)
+        raise OrderRefused(
+            f"{asked} KAI are to be paid with points, the wallet has {planck_to_kai(owned)}", hint="lower --points"
+        )
     machine = state.machines.get(node.key)
     if machine is None or machine.owner != node.wallet.public_key:
         raise OrderRefused("this node's machine is not bound on the ledger yet", hint="try again in some seconds")

@@ -13,6 +13,7 @@ from kaisar_p2p.wire.codec import decode, encode
 from kaisar_p2p.wire.crypto import KeyPair
 from kaisar_p2p.wire.envelope import Verified, open_signed, seal
 from kaisar_p2p.wire.judge import judge_signature, peek_signed
+from kaisar_p2p.wire.money import planck_to_kai
 from protocols.actions import Action, BlockApplied, Event, Incoming, Reply
 from protocols.adverts import Spec, fits
 from protocols.digests import offer_hash, spec_hash, workload_hash
@@ -82,7 +83,8 @@ def check_offer(
     if offer.spec_hash != spec_hash(request.spec, network):
         return None, "an offer for something else"
     if offer.price_planck_per_hour > max_price_planck_per_hour:
-        return None, f"asks {offer.price_planck_per_hour} planck per hour, more than {max_price_planck_per_hour}"
+        asked, most = planck_to_kai(offer.price_planck_per_hour), planck_to_kai(max_price_planck_per_hour)
+        return None, f"asks {asked} KAI per hour, more than {most}"
     if offer.valid_until_ms <= now * 1000:
         return None, "the offer has expired"
     return verified, ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from kaisar_p2p.wire.crypto import domain_hash
+from kaisar_p2p.wire.money import planck_to_kai
 from protocols.adverts import Spec, WorkerAdvert, fits
 from protocols.interpreter.state import ACTIVE, State
 from protocols.params import PERMILLE
@@ -92,7 +93,8 @@ def why_nobody(adverts: Iterable[WorkerAdvert], spec: Spec, max_price_planck_per
         return f"all {len(large)} workers that are large enough are busy"
     cheapest = min(advert.price_planck_per_hour for advert in free)
     if cheapest > max_price_planck_per_hour:
-        return f"the cheapest worker asks {cheapest} planck per hour, more than {max_price_planck_per_hour}"
+        asked, most = planck_to_kai(cheapest), planck_to_kai(max_price_planck_per_hour)
+        return f"the cheapest worker asks {asked} KAI per hour, more than {most}"
     return ""
 
 

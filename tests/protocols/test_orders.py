@@ -15,6 +15,7 @@ from immutables import Map
 from kaisar_p2p.wire.codec import decode, encode
 from kaisar_p2p.wire.crypto import KeyPair
 from kaisar_p2p.wire.envelope import open_signed, seal
+from kaisar_p2p.wire.money import planck_to_kai
 from protocols.actions import BlockApplied, Incoming, Reply
 from protocols.adverts import CPU_CLASS, GPU_CLASS, Spec, WorkerAdvert
 from protocols.digests import spec_hash
@@ -174,7 +175,12 @@ GPU_SPEC = Spec(GPU_CLASS, 8, 8192, 8192, 2, 24_000, "RTX 4090")
             "no single worker",
         ),
         ([advert(0, free=replace(SPEC, cpu_cores=0))], WANTED, CHEAP, "all 1 workers that are large enough are busy"),
-        ([advert(0, price=CHEAP + 1)], WANTED, CHEAP, f"asks {CHEAP + 1} planck per hour, more than {CHEAP}"),
+        (
+            [advert(0, price=CHEAP + 1)],
+            WANTED,
+            CHEAP,
+            f"asks {planck_to_kai(CHEAP + 1)} KAI per hour, more than {planck_to_kai(CHEAP)}",
+        ),
         ([advert(0)], WANTED, CHEAP, ""),
     ],
 )
