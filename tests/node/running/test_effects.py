@@ -269,6 +269,7 @@ async def test_work_and_deployments_beyond_the_queue_are_reported(make_effects: 
     actions: list[do.Action] = [
         do.Compute("work", TASK),
         do.Deploy(b"\x05" * 32, WORKLOAD, 1, 1, 1, 0),
+        do.Probe("probe", bytes(32), PEER, 80, 1.0),
         do.Publish("advert", b"x"),
     ]
     await effects.perform(actions, 1.0)
@@ -278,6 +279,9 @@ async def test_work_and_deployments_beyond_the_queue_are_reported(make_effects: 
     assert done.error
     assert isinstance(report, do.ContainerReport)
     assert (report.order_id, report.phase) == (b"\x05" * 32, "failed")
+    probed = effects.inbox.get_nowait()
+    assert isinstance(probed, do.ProbeReport)
+    assert (probed.probe_id, probed.up, probed.local) == ("probe", False, True)
     assert effects.inbox.get_nowait() is None
 
 
@@ -491,8 +495,8 @@ async def test_probes_and_calls_reach_their_adapters(make_effects: MakeEffects, 
     submitted: list[tuple[str, bytes]] = []
 
     class Adapter:
-        async def probe(self, order_id: bytes, worker: bytes, port: int, deadline_s: float) -> tuple[bool, str]:
-            return port == 80, f"port {port}"
+        async def probe(self, order_id: bytes, worker: bytes, port: int, deadline_s: float) -> tuple[bool, str, bool]:
+            return port == 80, f"port {port}", port < 90
 
         async def submit_once(self, key: str, payload: bytes) -> None:
             if key == "bad":
@@ -506,6 +510,15 @@ async def test_probes_and_calls_reach_their_adapters(make_effects: MakeEffects, 
         await effects.perform([do.Submit("bad", b""), do.Submit("good", b"call")], 1.0)
         await effects.perform([do.Probe("p", bytes(32), PEER, 80, 1.0)], 1.0)
         assert await events_of(effects.inbox) == [do.ProbeReport("p", True, "port 80")]
+        await effects.perform(
+            [do.Probe("down", bytes(32), PEER, 81, 1.0), do.Probe("gone", bytes(32), PEER, 90, 1.0)], 1.0
+        )
+        down, gone = sorted(await events_of(effects.inbox, 2), key=lambda report: report.probe_id)
+        assert (down.answered, down.local, gone.answered, gone.local) == (True, False, False, False)
+        effects.mesh.connected.clear()  # type: ignore[attr-defined]
+        await effects.perform([do.Probe("alone", bytes(32), PEER, 90, 1.0)], 1.0)
+        (alone,) = await events_of(effects.inbox)
+        assert alone.local  # nobody is gone because we are
         await trio.testing.wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()
     assert submitted == [("good", b"call")]

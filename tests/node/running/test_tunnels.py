@@ -242,9 +242,10 @@ async def test_a_refusal_gives_its_reason(
     rented.set_orders((ORDER, replace(rented.state.orders[ORDER], **changes)))
     with pytest.raises(RequestFailed, match=f"the worker refused: {reason}"):
         await rented.open(service, port, *arguments)
-    up, detail = await rented.tunnels.probe(ORDER, rented.worker.key, 81, 5.0)
+    up, detail, answered = await rented.tunnels.probe(ORDER, rented.worker.key, 81, 5.0)
     assert not up
     assert detail
+    assert answered  # the worker is there, whatever its reason
     assert not rented.worker.statistics().failed_handlers
 
 
@@ -259,7 +260,7 @@ async def test_a_request_that_is_none_ends_the_stream_only(rent: Callable[..., A
             with pytest.raises(RequestFailed):
                 await stream.receive_frame()
     assert not rented.worker.statistics().failed_handlers
-    assert (await rented.tunnels.probe(ORDER, rented.worker.key, 0, 5.0)) == (True, "")
+    assert (await rented.tunnels.probe(ORDER, rented.worker.key, 0, 5.0)) == (True, "", True)
 
 
 async def test_a_worker_that_answers_garbage_or_nothing(lab: Any) -> None:
@@ -276,8 +277,9 @@ async def test_a_worker_that_answers_garbage_or_nothing(lab: Any) -> None:
     worker.serve(TUNNEL_PROTOCOL, serve, max_frame_bytes=1000)
     with pytest.raises(RequestFailed, match="garbage"):
         await tunnels.open(worker.key, TunnelOpen(ORDER, "tcp", 80, ()))
-    assert (await tunnels.probe(ORDER, worker.key, 80, 5.0))[0] is False
-    assert (await tunnels.probe(ORDER, STRANGER, 80, 5.0))[0] is False
+    for key in (worker.key, STRANGER):
+        probed = await tunnels.probe(ORDER, key, 80, 5.0)
+        assert (probed.up, probed.answered) == (False, False)
 
 
 # ── TCP ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -286,7 +288,7 @@ async def test_a_worker_that_answers_garbage_or_nothing(lab: Any) -> None:
 async def test_a_program_answers_through_local_port_tunnel_and_runtime(processes: Rented) -> None:
     await processes.start(sys.executable, "-c", ECHO, ports=(7,))
     await processes.eventually_up(7)
-    assert (await processes.tunnels.probe(ORDER, processes.worker.key, 0, 5.0)) == (True, "")
+    assert (await processes.tunnels.probe(ORDER, processes.worker.key, 0, 5.0)) == (True, "", True)
     local = await processes.tunnels.listen(ORDER, processes.worker.key, 7, "127.0.0.1", 0)
     data, got = bytes(range(256)) * 2_000, bytearray()
     with trio.fail_after(20):
