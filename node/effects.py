@@ -47,8 +47,8 @@ class Submitter(Protocol):
 class Prober(Protocol):
     """Connects to a lease as a user would."""
 
-    async def probe(self, order_id: bytes, worker: bytes, port: int, deadline_s: float) -> tuple[bool, str]:
-        """(up, detail)."""
+    async def probe(self, order_id: bytes, worker: bytes, port: int, deadline_s: float) -> tuple[bool, str, bool]:
+        """(up, detail, the worker answered)."""
 
 
 @dataclass
@@ -281,8 +281,9 @@ class NodeEffects:
 
     async def _probe(self, action: Action) -> None:
         assert isinstance(action, do.Probe)
-        up, detail = await self.prober.probe(action.order_id, action.worker, action.port, action.deadline_s)
-        await self.inbox.put_patiently(Lane.RESULT, do.ProbeReport(action.probe_id, up, detail))
+        up, detail, answered = await self.prober.probe(action.order_id, action.worker, action.port, action.deadline_s)
+        local = not answered and self._is_isolated(action.worker)
+        await self.inbox.put_patiently(Lane.RESULT, do.ProbeReport(action.probe_id, up, detail, answered, local))
 
     async def _deploy(self, action: Action) -> None:
         assert isinstance(action, do.Deploy) and self.containers is not None
@@ -298,6 +299,8 @@ def _undone(action: Action, reason: str) -> Event | None:
     match action:
         case do.Request():
             return do.RequestEnded(action.request_id, reason, local=True)
+        case do.Probe():
+            return do.ProbeReport(action.probe_id, False, reason, answered=False, local=True)
         case do.Compute():
             return do.WorkDone(action.work_id, None, reason)
         case do.Deploy():

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import trio
 
@@ -182,6 +183,18 @@ class LocalPort:
     scope: trio.CancelScope
 
 
+class TunnelRefused(RequestFailed):
+    """The worker answered, and refused, with its reason."""
+
+
+class Probed(NamedTuple):
+    """What a probe found: the program (`up`), at least its worker (`answered`), or nobody; `detail` is for people."""
+
+    up: bool
+    detail: str
+    answered: bool
+
+
 class TunnelClient:
     """Opens tunnels into leases on other nodes, keeps local ports listening, probes.
 
@@ -202,7 +215,7 @@ class TunnelClient:
                 nursery.start_soon(self._listen, request)
 
     async def open(self, worker: bytes, opening: TunnelOpen) -> MeshStream:
-        """A stream into the lease; the caller closes it. RequestFailed when the worker refuses, with its reason."""
+        """A stream into the lease; the caller closes it. TunnelRefused when the worker refuses."""
         stream = await self._mesh.open_stream(
             worker, TUNNEL_PROTOCOL, timeout_s=OPEN_TIMEOUT_S, max_frame_bytes=FRAME_BYTES
         )
@@ -211,7 +224,7 @@ class TunnelClient:
                 await stream.send_frame(encode(opening))
                 reply = decode(TunnelReply, await stream.receive_frame())
             if not reply.accepted:
-                raise RequestFailed(f"the worker refused: {reply.text}")
+                raise TunnelRefused(f"the worker refused: {reply.text}")
         except trio.TooSlowError as error:
             await stream.reset()
             raise RequestFailed("the worker did not answer the tunnel request in time") from error
@@ -224,15 +237,15 @@ class TunnelClient:
             raise
         return stream
 
-    async def probe(self, order_id: bytes, worker: bytes, port: int, deadline_s: float) -> tuple[bool, str]:
+    async def probe(self, order_id: bytes, worker: bytes, port: int, deadline_s: float) -> Probed:
         """Connect as a user would: up when the tunnel opens, which means that the program accepted a connection."""
         try:
             with trio.fail_after(deadline_s):
                 stream = await self.open(worker, TunnelOpen(order_id, "tcp", port, ()))
         except (MeshError, trio.TooSlowError) as error:
-            return False, str(error) or "timed out"
+            return Probed(False, str(error) or "timed out", isinstance(error, TunnelRefused))
         await stream.aclose()
-        return True, ""
+        return Probed(True, "", True)
 
     async def listen(self, order_id: bytes, worker: bytes, port: int, host: str, local_port: int) -> LocalPort:
         """Listen on a local port (0: any free one); every connection is forwarded through a tunnel of its own."""

@@ -91,11 +91,16 @@ class ContainerReport:
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """Result of a `Probe`: did the container answer through the tunnel?"""
+    """Result of a `Probe`: did the container answer through the tunnel?
+
+    `answered` is False when not even the worker did; `local` says that the failure was ours and shows nothing.
+    """
 
     probe_id: str
     up: bool
     detail: str
+    answered: bool = True
+    local: bool = False
 
 
 @dataclass(frozen=True)

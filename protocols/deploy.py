@@ -21,7 +21,9 @@ from protocols.quorum import Committee, QuorumCertificate, ReadyCore, TicketCore
 
 DEPLOY_PROTOCOL = "/kaisar/deploy/1"
 TUNNEL_PROTOCOL = "/kaisar/tunnel/1"
-UP, DOWN = 1, 2
+UP, DOWN, GONE = 1, 2, 3
+"""What a witness sees of a window: the program answers; only its worker does; not even the worker does."""
+WITNESSED = frozenset({UP, DOWN, GONE})
 
 PLACED, AUTHORISED, DEPLOYING, RUNNING, DEGRADED, ENDED = range(1, 7)
 STATE_NAMES = {1: "PLACED", 2: "AUTHORISED", 3: "DEPLOYING", 4: "RUNNING", 5: "DEGRADED", 6: "ENDED"}
@@ -138,7 +140,7 @@ def is_about(core: TicketCore | ReadyCore | WitnessCore, order: OrderState) -> b
     """Whether a core says about this order what the ledger says."""
     if isinstance(core, TicketCore):
         return core == ticket_of(core.order_id, order)
-    return core.worker == order.worker and (not isinstance(core, WitnessCore) or core.status in (UP, DOWN))
+    return core.worker == order.worker and (not isinstance(core, WitnessCore) or core.status in WITNESSED)
 
 
 def validate_lease(data: bytes, received_at: float, state: State) -> tuple[Verdict, str, LeaseMessage | None]:

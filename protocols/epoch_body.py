@@ -14,7 +14,7 @@ from kaisar_p2p.wire import merkle, vrf
 from kaisar_p2p.wire.codec import encode
 from kaisar_p2p.wire.crypto import domain, domain_hash
 from protocols.committees import check_committee, verify_certificate
-from protocols.deploy import DOWN, UP
+from protocols.deploy import DOWN, GONE, WITNESSED
 from protocols.digests import registry_root
 from protocols.epochs import (
     EVIDENCE,
@@ -32,7 +32,7 @@ from protocols.params import Params
 from protocols.popw import VERDICT_NAMES
 from protocols.quorum import Committee, QuorumCertificate, VerdictCore, WitnessCore
 from protocols.rewards import cumulative_leaves, epoch_rewards
-from protocols.settlement import lease_leaf, needs_leaf, up_windows
+from protocols.settlement import lease_leaf, needs_leaf, seen_windows, up_windows
 
 NO_HEADER = bytes(32)
 """`previous` of the first header of a network."""
@@ -99,7 +99,7 @@ def committee_of(state: State, certificate: QuorumCertificate) -> Committee | No
         return check_committee(state, core.slot, core.worker)
     if isinstance(core, WitnessCore):
         order = state.orders.get(core.order_id)
-        if order is None or order.worker != core.worker or core.status not in (UP, DOWN):
+        if order is None or order.worker != core.worker or core.status not in WITNESSED:
             return None
         return Committee(order.seats, order.threshold)
     return None
@@ -332,9 +332,18 @@ def _chosen(state: State, base: Base, certificates: Iterable[QuorumCertificate])
 def _leases(
     state: State, slots: range, old: Mapping[bytes, LeaseLeaf], certificates: tuple[QuorumCertificate, ...]
 ) -> tuple[LeaseLeaf, ...]:
-    windows = up_windows(certificates)
+    up, gone, down = up_windows(certificates), seen_windows(certificates, GONE), seen_windows(certificates, DOWN)
     return tuple(
-        lease_leaf(order_id, order, old.get(order_id), windows.get(order_id, ()), slots.stop - 1, state.params)
+        lease_leaf(
+            order_id,
+            order,
+            old.get(order_id),
+            up.get(order_id, ()),
+            slots.stop - 1,
+            state.params,
+            gone=gone.get(order_id, ()),
+            down=down.get(order_id, ()),
+        )
         for order_id, order in sorted(state.orders.items())
         if needs_leaf(order, slots.start, state.params)
     )

@@ -105,6 +105,8 @@ class LeaseLeaf:
     """Witnessed seconds of a lease since its start; `outcome` is deploy.OPEN … EXPIRED.
 
     `first_window` and `last_window` are the first and the newest slot in which it was certified as UP; 0 for none.
+    `fault` is 1 when it failed because its worker was certified as GONE. While it is open, bit i of `gone` and `down`
+    says that the window `last_window` + 1 + i was certified as GONE or DOWN; at most 32 windows are remembered.
     """
 
     order_id: Bytes32
@@ -112,6 +114,9 @@ class LeaseLeaf:
     last_window: U32
     outcome: U8
     first_window: U32 = 0
+    fault: U8 = 0
+    gone: U32 = 0
+    down: U32 = 0
 
 
 @message(48)

@@ -32,7 +32,6 @@ from protocols.deploy import (
     COMPLETED,
     DEPLOY_PROTOCOL,
     DEPLOYING,
-    DOWN,
     ENDED,
     EXPIRED,
     FAILED,
@@ -43,6 +42,7 @@ from protocols.deploy import (
     REASONS,
     RUNNING,
     STATE_NAMES,
+    UP,
     DeployOrder,
     DeployReply,
     LeaseEvent,
@@ -281,7 +281,7 @@ class LeaseClientMachine:
         if core.slot <= lease.last_window or self._state is None:
             return []
         lease.last_window = core.slot
-        if core.status != DOWN:
+        if core.status == UP:
             lease.downs = 0
             return self._running(lease)
         lease.downs += 1

@@ -1,8 +1,8 @@
 """The deploy committee's side of leases: authorise, look at the container as a user would, witness every window.
 
 A seat votes for the order's ticket as soon as the order is final, for READY once its own tunnel reached the container,
-and for UP or DOWN in every window (= slot), at a moment that nobody can predict. What it knows of a lease is stored, so
-that a seat that restarts goes on witnessing.
+and for UP, DOWN or GONE in every window (= slot), at a moment that nobody can predict. What it knows of a lease is
+stored, so that a seat that restarts goes on witnessing. Without a peer it sees nothing and says nothing.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from protocols.deploy import (
     DEPLOYING,
     DOWN,
     ENDED,
+    GONE,
     LEASE_TOPIC,
     UP,
     DeployOrder,
@@ -76,11 +77,12 @@ class WatchRecord:
 
 @dataclass
 class Look:
-    """A probe that is due or under way: for READY (`slot` None) or for a window."""
+    """A probe that is due or under way: for READY (`slot` None) or for a window; `answered` once the worker has."""
 
     slot: int | None
     at: float | None
     attempt: int = 0
+    answered: bool = False
 
 
 @dataclass
@@ -386,21 +388,25 @@ class LeaseSeatMachine:
         look = next((each for each in watch.looks.values() if rest.split("/")[1:] == _tail(each)), None)
         if look is None:
             return []
+        look.answered |= report.answered and not report.local
         most = READY_ATTEMPTS if look.slot is None else WITNESS_ATTEMPTS
         if not report.up and look.attempt < most:
             slot_s = self._state.params.slot_ms / 1000
             look.at = now + (READY_RETRY_S * look.attempt if look.slot is None else slot_s / 20)
             return []
         del watch.looks[look.slot]
-        return self._seen(watch, look.slot, report.up, now)
+        if report.up:
+            return self._seen(watch, look.slot, UP, now)
+        if report.local and not look.answered:
+            return []  # our own isolation or backlog is not the worker's absence
+        return self._seen(watch, look.slot, DOWN if look.answered else GONE, now)
 
-    def _seen(self, watch: Watch, slot: int | None, up: bool, now: float) -> list[Action]:
+    def _seen(self, watch: Watch, slot: int | None, status: int, now: float) -> list[Action]:
         order_id, worker = watch.order_id, watch.order.worker
         if slot is not None:
-            core = WitnessCore(order_id, worker, slot, UP if up else DOWN)
-            return self._cast(watch, watch.window(slot), core, now)
+            return self._cast(watch, watch.window(slot), WitnessCore(order_id, worker, slot, status), now)
         # Not reached: no vote for READY; the worker's next event starts another look.
-        return self._cast(watch, watch.ready, ReadyCore(order_id, worker), now) if up else []
+        return self._cast(watch, watch.ready, ReadyCore(order_id, worker), now) if status == UP else []
 
     def _wake(self, now: float) -> list[Action]:
         actions: list[Action] = []

@@ -53,7 +53,7 @@ class ReadyCore:
 @message(72)
 @dataclass(frozen=True)
 class WitnessCore:
-    """What the seat saw of a lease in one window (= slot): `status` is deploy.UP or deploy.DOWN."""
+    """What the seat saw of a lease in one window (= slot): `status` is deploy.UP, DOWN or GONE."""
 
     DOMAIN: ClassVar[str] = "kaisar/witness"
     order_id: Bytes32

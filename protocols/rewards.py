@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from protocols.adverts import GPU_CLASS, Spec
 from protocols.committees import check_committee
-from protocols.deploy import UP
+from protocols.deploy import GONE, UP
 from protocols.epochs import RewardLeaf
 from protocols.interpreter.state import REGISTERED, State, WorkerState
 from protocols.params import PERMILLE, Params
@@ -162,14 +162,15 @@ def _tier(rows: tuple[tuple[int, int], ...], amount: int) -> int:
 
 
 def _windows(certificates: Iterable[QuorumCertificate]) -> dict[bytes, tuple[int, int]]:
-    """Slots in which each worker was certified as present (PASS or UP), and slots in which it was only seen to fail."""
+    """Slots in which each worker was certified as present (PASS, UP), and slots in which it only failed."""
     good: dict[bytes, set[int]] = {}
     bad: dict[bytes, set[int]] = {}
     for certificate in certificates:
         core = certificate.core
         if isinstance(core, VerdictCore):
             (good if core.verdict == PASS else bad).setdefault(core.worker, set()).add(core.slot)
-        elif isinstance(core, WitnessCore):
+        elif isinstance(core, WitnessCore) and core.status in (UP, GONE):
+            # DOWN says that the worker is there and the tenant's program is not, which the tenant can bring about.
             (good if core.status == UP else bad).setdefault(core.worker, set()).add(core.slot)
     nothing: set[int] = set()
     return {

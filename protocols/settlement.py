@@ -1,7 +1,9 @@
 """What a lease has earned: witness windows → lease leaf → planck. Integers only.
 
 A window is a slot. Only windows that a deploy committee certified as UP are paid, so a lease that nobody can reach
-costs nothing from the moment it is gone. Money moves in the ledger's rules, when a leaf of an anchored epoch is proven.
+costs nothing from the moment it is gone. A worker is blamed only for windows that were certified as GONE: a program
+that stopped may have been stopped by its tenant, and absent witnesses say nothing about the worker. Money moves in the
+ledger's rules, when a leaf of an anchored epoch is proven.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ from protocols.quorum import QuorumCertificate, WitnessCore
 SECONDS_PER_HOUR = 3600
 NEVER = 0
 """`first_window` and `last_window` of a lease that was never UP: no order can be placed before slot 0 has passed."""
+
+
+MASK_WINDOWS = 32
 
 
 def cost_planck(price_planck_per_hour: int, seconds: int, *, round_up: bool = False) -> int:
@@ -38,10 +43,15 @@ def deploy_windows(params: Params) -> int:
 
 def up_windows(certificates: Iterable[QuorumCertificate]) -> dict[bytes, frozenset[int]]:
     """The slots in which each order was certified as UP."""
+    return seen_windows(certificates, UP)
+
+
+def seen_windows(certificates: Iterable[QuorumCertificate], status: int) -> dict[bytes, frozenset[int]]:
+    """The slots in which each order was certified as `status`: UP, DOWN or GONE."""
     found: dict[bytes, set[int]] = {}
     for certificate in certificates:
         core = certificate.core
-        if isinstance(core, WitnessCore) and core.status == UP:
+        if isinstance(core, WitnessCore) and core.status == status:
             found.setdefault(core.order_id, set()).add(core.slot)
     return {order_id: frozenset(slots) for order_id, slots in found.items()}
 
@@ -58,6 +68,9 @@ def lease_leaf(
     windows: Iterable[int],
     last_slot: int,
     params: Params,
+    *,
+    gone: Iterable[int] = (),
+    down: Iterable[int] = (),
 ) -> LeaseLeaf:
     """The lease at the end of slot `last_slot`.
 
@@ -68,12 +81,17 @@ def lease_leaf(
         windows: slots with an UP certificate that no earlier body counted, in any order.
         last_slot: the last slot that the body covers.
         params: the network's numbers.
+        gone: as `windows`, for slots with a GONE certificate.
+        down: the same for DOWN.
 
     Outcomes, the first that applies:
         FAILED: `unwitnessed_windows` windows in a row without UP; or no UP at all within the deploy timeout.
         COMPLETED: the whole duration was witnessed; or its time is over and no more than `unwitnessed_windows` windows
             are missing.
         CANCELLED: by the client; EXPIRED: its time is over with more windows missing.
+
+    FAILED is the worker's `fault` if its missing windows were certified as GONE. The first of them may have no
+    certificate, because a worker that vanishes in the middle of a window leaves its witnesses divided.
 
     A window without a certificate counts as missing only `certificate_grace_slots` slots later, because certificates
     need time to arrive.
@@ -86,10 +104,10 @@ def lease_leaf(
         if not seen:
             return LeaseLeaf(order_id, 0, NEVER, lease.outcome_if_never_up(), NEVER)
         previous = LeaseLeaf(order_id, 0, seen[0], OPEN, seen[0])
-    return _continued(lease, previous, seen, params)
+    return _continued(lease, previous, seen, _Missed.of(previous, gone, down, last_slot), params)
 
 
-def _continued(lease: _Lease, leaf: LeaseLeaf, seen: list[int], params: Params) -> LeaseLeaf:
+def _continued(lease: _Lease, leaf: LeaseLeaf, seen: list[int], missed: _Missed, params: Params) -> LeaseLeaf:
     """A leaf that has its first window, with the windows in `seen` (sorted) added."""
     final = leaf.first_window + lease.windows - 1
     end = min(final, lease.cancelled)
@@ -104,7 +122,44 @@ def _continued(lease: _Lease, leaf: LeaseLeaf, seen: list[int], params: Params) 
     failed = failed or min(end, lease.decided) - last >= params.unwitnessed_windows
     seconds = min(lease.duration_s, leaf.seconds + counted * params.slot_ms // 1000)
     outcome = FAILED if failed else lease.outcome(seconds, final, params)
-    return LeaseLeaf(leaf.order_id, seconds, last, outcome, leaf.first_window)
+    fault = int(failed and missed.are_the_workers_fault(last, params.unwitnessed_windows))
+    if outcome != OPEN:
+        return LeaseLeaf(leaf.order_id, seconds, last, outcome, leaf.first_window, fault)
+    return LeaseLeaf(leaf.order_id, seconds, last, outcome, leaf.first_window, 0, *missed.masks_after(last))
+
+
+@dataclass(frozen=True)
+class _Missed:
+    """Slots in which a lease was certified as GONE or DOWN."""
+
+    gone: frozenset[int]
+    down: frozenset[int]
+
+    @classmethod
+    def of(cls, leaf: LeaseLeaf, gone: Iterable[int], down: Iterable[int], last_slot: int) -> _Missed:
+        """What the leaf remembers, and what no body has counted before."""
+        return cls(
+            *(
+                frozenset(
+                    {leaf.last_window + 1 + bit for bit in range(MASK_WINDOWS) if mask >> bit & 1}
+                    | {slot for slot in slots if slot <= last_slot}
+                )
+                for mask, slots in ((leaf.gone, gone), (leaf.down, down))
+            )
+        )
+
+    def are_the_workers_fault(self, last: int, windows: int) -> bool:
+        """Whether the `windows` after `last`, the newest that was UP, show that the worker had vanished."""
+        first, *others = range(last + 1, last + 1 + max(1, windows))
+        return self.gone.issuperset(others or [first]) and first not in self.down
+
+    def masks_after(self, last: int) -> tuple[int, int]:
+        """`gone` and `down` of a leaf whose newest UP window is `last`."""
+        gone, down = (
+            sum(1 << (slot - last - 1) for slot in slots if last < slot <= last + MASK_WINDOWS)
+            for slots in (self.gone, self.down)
+        )
+        return gone, down
 
 
 @dataclass(frozen=True)

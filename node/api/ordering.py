@@ -143,10 +143,10 @@ class Ordering:
             fields.integer("port", announced, low=1, high=65535),
             fields.integer("local_port", 0, high=65535),
         )
-        up, detail = await node.tunnels.probe(order_id, order.worker, port, PROBE_TIMEOUT_S)
-        if not up:
+        probed = await node.tunnels.probe(order_id, order.worker, port, PROBE_TIMEOUT_S)
+        if not probed.up:
             raise MeshError(
-                f"port {port} of lease {order_id.hex()[:8]} does not answer: {detail}",
+                f"port {port} of lease {order_id.hex()[:8]} does not answer: {probed.detail}",
                 hint="`kaisar lease logs` shows what the program says, `kaisar order show` its state",
             )
         host = node.config.api.host

@@ -169,7 +169,7 @@ def settle(draft: Draft, call: LeaseSettle) -> bytes:
         paid_seconds=seconds,
     )
     draft.add_balance(order.worker_owner, due)
-    settled = paid if leaf.outcome == OPEN else _close(draft, leaf.order_id, paid, leaf.outcome)
+    settled = paid if leaf.outcome == OPEN else _close(draft, leaf, paid)
     draft.orders[leaf.order_id] = settled
     draft.events.append(
         LeaseSettled(
@@ -186,11 +186,12 @@ def settle(draft: Draft, call: LeaseSettle) -> bytes:
     return leaf.order_id
 
 
-def _close(draft: Draft, order_id: bytes, order: OrderState, outcome: int) -> OrderState:
-    """Give back what is left in escrow, and the penalty of a worker that failed a lease which had begun."""
+def _close(draft: Draft, leaf: LeaseLeaf, order: OrderState) -> OrderState:
+    """Give back what is left in escrow, and the penalty of a worker whose fault ended a lease which had begun."""
     rest = order.escrow_planck
     points = _rest_as_points(draft, order)
-    penalty = _take_penalty(draft, order, rest) if outcome == FAILED and order.paid_seconds else 0
+    at_fault = leaf.outcome == FAILED and leaf.fault and order.paid_seconds
+    penalty = _take_penalty(draft, order, rest) if at_fault else 0
     client = draft.account(order.client)
     draft.accounts[order.client] = replace(
         client,
@@ -198,7 +199,7 @@ def _close(draft: Draft, order_id: bytes, order: OrderState, outcome: int) -> Or
         points_planck=client.points_planck + points,
     )
     draft.treasury_planck += points
-    _forget_open(draft, order.worker, order_id)
+    _forget_open(draft, order.worker, leaf.order_id)
     return replace(
         order,
         escrow_planck=0,
@@ -207,7 +208,7 @@ def _close(draft: Draft, order_id: bytes, order: OrderState, outcome: int) -> Or
         refunded_planck=rest - points,
         refunded_points=points,
         penalty_planck=penalty,
-        outcome=outcome,
+        outcome=leaf.outcome,
     )
 
 

@@ -22,6 +22,7 @@ from node.config import Config
 from node.index import Index
 from node.ordering import PlacedOrder, PlaceOrder
 from node.store import NodeEvent
+from node.tunnels import Probed
 from protocols.adverts import CPU_CLASS, Spec, WorkerAdvert
 from protocols.deploy import DEPLOYING, OPEN, RUNNING, LeaseEvent, TunnelOpen
 from protocols.epochs import EpochHeader
@@ -145,8 +146,8 @@ class StubTunnels:
             raise RequestFailed(f"the worker refused: {self.refusal}")
         return self.stream
 
-    async def probe(self, order_id: bytes, worker: bytes, port: int, deadline_s: float) -> tuple[bool, str]:
-        return self.up
+    async def probe(self, order_id: bytes, worker: bytes, port: int, deadline_s: float) -> Probed:
+        return Probed(*self.up, answered=True)
 
     async def listen(self, order_id: bytes, worker: bytes, port: int, host: str, local_port: int) -> Any:
         if local_port == 1:

@@ -12,7 +12,7 @@ from immutables import Map
 
 from protocols.adverts import CPU_CLASS, GPU_CLASS, Spec
 from protocols.committees import check_committee
-from protocols.deploy import DOWN, UP
+from protocols.deploy import DOWN, GONE, UP
 from protocols.epochs import RewardLeaf
 from protocols.interpreter.state import ACTIVE, REGISTERED, MachineState, OrderState, State, WorkerState
 from protocols.params import DEMO, KAI
@@ -117,11 +117,20 @@ def test_a_worker_that_only_failed_or_is_not_certified_gets_nothing() -> None:
 def test_windows_of_a_lease_count_as_uptime_and_its_seconds_as_delivery() -> None:
     order = order_of("w", "client", "a")
     state = state_of({"c": KAI}, {"w": worker_of("a"), "idle": worker_of("b")}, order=order)
-    certificates = [witness("order", "w", 8), witness("order", "w", 9, DOWN), verdict("idle", 8)]
+    certificates = [witness("order", "w", 8), witness("order", "w", 9, GONE), verdict("idle", 8)]
     compute, delivery = worker_scores(state, SLOTS, certificates, {name("order"): 2})
     assert 2 * compute[name("a")] == compute[name("b")]
     assert delivery[name("a")] > 0
     assert delivery.get(name("b"), 0) == 0
+
+
+def test_a_window_in_which_only_the_program_was_down_is_not_the_workers_absence() -> None:
+    order = order_of("w", "client", "a")
+    state = state_of({"c": KAI}, {"w": worker_of("a"), "idle": worker_of("b")}, order=order)
+    certificates = [witness("order", "w", 8), witness("order", "w", 9, DOWN), verdict("idle", 8)]
+    compute, _ = worker_scores(state, SLOTS, certificates, {})
+    assert compute[name("a")] == compute[name("b")]
+    assert not any(worker_scores(state, SLOTS, [witness("order", "w", 9, DOWN)], {})[0].values())
 
 
 def test_renting_from_oneself_delivers_nothing() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocols.adverts import CPU_CLASS, Spec
-from protocols.deploy import CANCELLED, COMPLETED, DOWN, EXPIRED, FAILED, OPEN, UP
+from protocols.deploy import CANCELLED, COMPLETED, DOWN, EXPIRED, FAILED, GONE, OPEN, UP
 from protocols.epochs import LeaseLeaf
 from protocols.interpreter.state import ORDER_CANCELLED, ORDER_CLOSED, OrderState
 from protocols.params import DEMO, KAI
@@ -33,9 +33,14 @@ def order(duration_s: int = 20, cancelled_slot: int = 0) -> OrderState:
 
 
 def settle(
-    windows, last_slot: int, the_order: OrderState | None = None, previous: LeaseLeaf | None = None
+    windows,
+    last_slot: int,
+    the_order: OrderState | None = None,
+    previous: LeaseLeaf | None = None,
+    gone=(),
+    down=(),
 ) -> LeaseLeaf:
-    return lease_leaf(ORDER_ID, the_order or order(), previous, windows, last_slot, PARAMS)
+    return lease_leaf(ORDER_ID, the_order or order(), previous, windows, last_slot, PARAMS, gone=gone, down=down)
 
 
 # ── money ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -148,6 +153,54 @@ def test_only_up_certificates_are_windows() -> None:
     assert up_windows(QuorumCertificate(core, 1, ()) for core in cores) == {ORDER_ID: frozenset({1, 3})}
 
 
+# ── whose fault ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("gone", "down", "fault"),
+    [
+        ([14, 15, 16], [], 1),
+        ([15, 16], [], 1),  # it vanished in the middle of 14: the witnesses were divided
+        ([15, 16], [14], 0),  # the program had stopped before
+        ([], [14, 15, 16], 0),  # the tenant may have stopped it
+        ([], [], 0),  # the witnesses were absent
+        ([14, 15], [], 0),
+        ([14, 16], [], 0),
+        ([14, 15], [16], 0),
+        ([17, 18, 19], [], 0),  # the lease had ended by then
+    ],
+)
+def test_a_failure_is_the_workers_fault_only_if_it_was_certified_as_gone(gone, down, fault) -> None:
+    leaf = settle([12, 13], 16 + GRACE, gone=gone, down=down)
+    assert leaf == LeaseLeaf(ORDER_ID, 4, 13, FAILED, 12, fault)
+
+
+def test_a_worker_that_was_gone_and_came_back_has_not_failed() -> None:
+    assert settle([12, 15], 17, gone=[13, 14]) == LeaseLeaf(ORDER_ID, 4, 15, OPEN, 12)
+
+
+def test_a_worker_that_was_gone_before_the_lease_ran_has_no_fault() -> None:
+    leaf = settle([], PLACED + 5 + GRACE, gone=range(PLACED, 20))
+    assert (leaf.outcome, leaf.fault) == (FAILED, 0)
+
+
+def test_what_earlier_bodies_saw_of_the_missing_windows_is_remembered() -> None:
+    first = settle([12, 13], 14, gone=[14])
+    assert first == LeaseLeaf(ORDER_ID, 4, 13, OPEN, 12, 0, 0b1, 0)
+    second = settle([], 15, previous=first, down=[15])
+    assert (second.gone, second.down) == (0b1, 0b10)
+    late = settle([14], 15, previous=first, gone=[15])
+    assert (late.last_window, late.gone) == (14, 0b1)
+    assert settle([], 18, previous=settle([], 17, previous=first, gone=[15, 16])).fault == 1
+    assert settle([], 18, previous=second, gone=[16]).fault == 0
+
+
+def test_a_lease_that_ended_otherwise_has_no_fault() -> None:
+    assert settle(range(12, 22), 60, gone=range(22, 30)).fault == 0
+    assert settle([12, 13], 20, order(cancelled_slot=15), gone=[14, 15]).fault == 0
+    assert settle([12, 13], 20, order(cancelled_slot=17), gone=[14, 15, 16]).fault == 1
+
+
 # ── for any windows ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 windows_of = st.sets(st.integers(0, 60))
@@ -179,6 +232,30 @@ def test_epoch_by_epoch_seconds_grow_and_a_closed_lease_stays_closed(
 @given(windows_of, st.integers(PLACED, 70))
 def test_the_order_of_windows_does_not_matter(windows: set[int], last: int) -> None:
     assert settle(sorted(windows), last) == settle(sorted(windows, reverse=True) * 2, last)
+
+
+@given(
+    st.dictionaries(st.integers(PLACED, 60), st.sampled_from([UP, UP, DOWN, GONE, GONE])),
+    st.lists(st.integers(1, 12), min_size=12, max_size=12),
+)
+def test_fault_does_not_depend_on_where_bodies_end(seen: dict[int, int], lengths: list[int]) -> None:
+    seen = {**seen, PLACED + 1: UP}
+
+    def within(status: int, first: int, last: int) -> list[int]:
+        return [slot for slot, each in seen.items() if each == status and first <= slot <= last]
+
+    leaf, first = None, PLACED
+    for length in (*lengths, 100):
+        last = first + length - 1
+        up, down, gone = (within(status, first, last) for status in (UP, DOWN, GONE))
+        leaf = settle(up, last, order(90), leaf, gone=gone, down=down)
+        assert not leaf.fault or leaf.outcome == FAILED
+        assert (leaf.gone, leaf.down) == (0, 0) or leaf.outcome == OPEN
+        first = last + 1
+    up, down, gone = (within(status, 0, 100) for status in (UP, DOWN, GONE))
+    assert leaf == settle(up, first - 1, order(90), gone=gone, down=down)
+    if leaf.fault:
+        assert {leaf.last_window + 2, leaf.last_window + 3} <= set(gone)
 
 
 @given(windows_of, st.integers(PLACED + 40, 200))

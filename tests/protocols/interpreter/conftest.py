@@ -283,9 +283,9 @@ class Chain:
         leaves = self.anchored[epoch][1 if tree == LEASES else 2]
         return LeafProof(epoch, tree, index, leaves[index], merkle.Tree(leaves).path(index))
 
-    def settle(self, order_id: bytes, seconds: int, outcome: int) -> CallApplied | CallIgnored:
-        """Anchor an epoch with one lease leaf, and settle it."""
-        epoch = self.anchor(leases=(LeaseLeaf(order_id, seconds, self.state.slot, outcome),))
+    def settle(self, order_id: bytes, seconds: int, outcome: int, fault: int = 1) -> CallApplied | CallIgnored:
+        """Anchor an epoch with one lease leaf, and settle it; `fault` counts with FAILED only."""
+        epoch = self.anchor(leases=(LeaseLeaf(order_id, seconds, self.state.slot, outcome, 0, fault),))
         return self.run("bob", calls.LeaseSettle(self.proof(epoch, LEASES)))
 
     def claim(self, name: str, cumulative_planck: int, minted_planck: int = 0) -> CallApplied | CallIgnored:

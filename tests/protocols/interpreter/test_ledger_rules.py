@@ -334,6 +334,30 @@ def test_a_worker_that_failed_pays_the_client_from_its_bond(new_chain):
     assert chain.order(order_id).penalty_planck == KAI // 10
 
 
+@pytest.mark.parametrize(
+    ("seconds", "outcome", "fault"),
+    [
+        (15, deploy.FAILED, 0),  # only the program was down, or nobody witnessed
+        (0, deploy.FAILED, 1),  # it never ran
+        (15, deploy.CANCELLED, 1),
+        (15, deploy.EXPIRED, 1),
+        (60, deploy.COMPLETED, 1),
+    ],
+)
+def test_a_bond_pays_only_for_a_worker_that_was_certified_as_gone(new_chain, seconds, outcome, fault):
+    chain = new_chain(bond_planck=KAI)
+    chain.add_worker()
+    order_id = chain.place()
+    before = chain.account("alice")
+    chain.settle(order_id, seconds, outcome, fault)
+    assert chain.state.workers[chain.machine("provider")].bond_planck == KAI
+    assert chain.order(order_id).penalty_planck == 0
+    rest = MINUTE_PLANCK * (60 - seconds) // 60
+    points = rest if seconds else 0  # what was paid and not used comes back all the same
+    assert chain.account("alice").points_planck == before.points_planck + points
+    assert chain.account("alice").balance_planck == before.balance_planck + rest - points
+
+
 def test_the_penalty_is_no_more_than_what_was_lost(working):
     order_id = working.place()
     before = working.account("alice").balance_planck

@@ -137,14 +137,18 @@ def test_money_is_conserved_by_any_calls(new_chain):
             )
 
         @rule(
-            leases=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 250), st.integers(0, 5)), max_size=3),
+            leases=st.lists(
+                st.tuples(st.integers(0, 5), st.integers(0, 250), st.integers(0, 5), st.integers(0, 2)), max_size=3
+            ),
             rewards=st.lists(st.tuples(NAMES, AMOUNTS), max_size=3),
             minted=st.integers(0, 100 * KAI),
         )
         def anchor_and_draw(self, leases, rewards, minted):
             if not self.can_anchor():
                 return
-            lease_leaves = tuple(LeaseLeaf(self.order_id(order), seconds, 0, out) for order, seconds, out in leases)
+            lease_leaves = tuple(
+                LeaseLeaf(self.order_id(order), seconds, 0, out, 0, fault) for order, seconds, out, fault in leases
+            )
             reward_leaves = tuple(RewardLeaf(self.key(name), amount) for name, amount in rewards)
             epoch = self.chain.anchor(lease_leaves, reward_leaves, minted_planck=minted)
             for index in range(len(lease_leaves)):

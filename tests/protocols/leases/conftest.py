@@ -327,8 +327,9 @@ class World:
                 self.later(0.02, lambda: self.feed(asker, Answer(request.request_id, action.payload, self.now)))
                 self.later(0.03, lambda: self.feed(asker, RequestEnded(request.request_id, "")))
             case Probe():
-                up = self.worker.up and not self.worker.deaf and self.containers.get(action.order_id) == "healthy"
-                report = ProbeReport(action.probe_id, up, "" if up else "refused")
+                answered = self.worker.up and not self.worker.deaf and not peer.deaf
+                up = answered and self.containers.get(action.order_id) == "healthy"
+                report = ProbeReport(action.probe_id, up, "" if up else "refused", answered, local=peer.deaf)
                 self.later(0.05 if up else action.deadline_s, lambda: self.feed(peer, report))
             case Deploy():
                 self.deploys += 1

@@ -125,7 +125,7 @@ def test_votes_of_strangers_wrong_seats_and_wrong_cores_are_refused(world: Any) 
     assert vote(SEATS[1], 1, replace(ticket, order_id=bytes(32))) == b"\0"
     slot = world.state.slot
     assert vote(SEATS[1], 1, WitnessCore(order_id, ticket.worker, slot + 5, UP)) == b"\0"
-    assert vote(SEATS[1], 1, WitnessCore(order_id, ticket.worker, slot, 3)) == b"\0"
+    assert vote(SEATS[1], 1, WitnessCore(order_id, ticket.worker, slot, 4)) == b"\0"
     bad = encode(CoreVote(ticket, 1, bytes(64)))
     assert world.ask(SEATS[1], world.seats[0], VOTE_PROTOCOL, bad) == b"\0"
     assert vote(SEATS[1], 1, ticket) == b"\1"

@@ -16,6 +16,7 @@ from protocols.deploy import (
     DOWN,
     ENDED,
     FAILED,
+    GONE,
     REASONS,
     RUNNING,
     UP,
@@ -51,8 +52,9 @@ def test_a_worker_that_dies_goes_down_in_three_windows_and_the_client_cancels(wo
     died = world.state.slot
     world.until(lambda: world.client_lease().state == ENDED, within_s=6 * SLOT_S)
     assert world.client_lease().reason == "worker-lost"
-    assert len(world.windows(DOWN)) == PARAMS.unwitnessed_windows
-    assert min(world.windows(DOWN)) in (died, died + 1)
+    assert len(world.windows(GONE)) == PARAMS.unwitnessed_windows
+    assert min(world.windows(GONE)) in (died, died + 1)
+    assert not world.windows(DOWN)
     world.run(2 * BLOCK_S)
     assert world.state.orders[order_id].status == ORDER_CANCELLED
     assert REASONS["worker-lost"] in world.texts()
