@@ -12,7 +12,7 @@ import typer
 from kaisar_p2p.errors import ConfigError
 from kaisar_p2p.identity import Scheme
 from kaisar_p2p.wire.money import planck_to_kai
-from node.commands.options import AsJson, DataDir, NoPassphrase, PassphraseFile, data_directory
+from node.commands.options import AsJson, DataDir, NoPassphrase, PassphraseFile, SchemeName, data_directory
 from node.commands.output import say, show_json
 from node.passphrase import read_passphrase
 
@@ -54,7 +54,7 @@ def init(
         typer.Option("--join", metavar="MULTIADDR", help="A peer to meet first; repeatable."),
     ] = None,
     name: Annotated[str, typer.Option("--name", help="A name for people, shown in logs and on pages.")] = "",
-    scheme: Annotated[str, typer.Option("--scheme", help="The wallet's signatures: ed25519 or sr25519.")] = "ed25519",
+    scheme: SchemeName = "ed25519",
     no_passphrase: NoPassphrase = False,
     passphrase_file: PassphraseFile = None,
     show_mnemonic: Annotated[
@@ -105,7 +105,7 @@ def init(
     if passphrase is None:
         say("The keys are stored unencrypted.")
     if not show_mnemonic:
-        say("Keep a copy of the wallet: kaisar wallet export main")
+        say(f"Keep a copy of the wallet: kaisar wallet export main --data-dir {directory}")
     say(f"Next: kaisar run --data-dir {directory}")
 
 

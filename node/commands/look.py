@@ -38,12 +38,16 @@ def status(data_dir: DataDir = None, as_json: AsJson = False) -> None:
             ("Data directory", "data_directory"),
             ("Network", lambda _: chain["network"]),
             ("Block", lambda _: f"{chain['block']} at {clock_time(chain['block_time_ms'])}"),
-            ("Slot, epoch", lambda _: f"{chain['slot']}, {chain['epoch']} (last anchored: {chain['last_anchor']})"),
+            ("Slot, epoch", lambda _: f"{chain['slot']}, {chain['epoch']} ({_anchored(chain['last_anchor'])})"),
             ("Workers", lambda _: chain["workers"]),
             ("Checkers", lambda _: chain["checkers"]),
         ],
         as_json=as_json,
     )
+
+
+def _anchored(epoch: int) -> str:
+    return f"last anchored: {epoch}" if epoch >= 0 else "none is anchored yet"
 
 
 def peers(data_dir: DataDir = None, as_json: AsJson = False) -> None:

@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from kaisar_p2p.errors import ConfigError
+from kaisar_p2p.errors import ConfigError, IdentityError
+from kaisar_p2p.identity import Scheme
 from kaisar_p2p.wire.money import kai_to_planck
 from node.datadir import resolve_data_directory
 
@@ -34,7 +35,6 @@ PassphraseFile = Annotated[
         show_default=False,
     ),
 ]
-OrderId = Annotated[str, typer.Argument(metavar="ORDER", help="The order's id, or at least its first six digits.")]
 
 _SIZE = re.compile(r"([0-9]{1,12})(?:\.([0-9]{1,3}))?\s*([a-z]*)", re.IGNORECASE)
 _UNITS_BYTES = {
@@ -43,6 +43,30 @@ _UNITS_BYTES = {
     "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40,
 }  # fmt: skip
 MIB = 1 << 20
+
+
+def parse_order_id(text: str) -> str:
+    """An order's id as people write it: the first six or more of its 64 hexadecimal digits."""
+    if not re.fullmatch(r"[0-9a-f]{6,64}", text.lower()):
+        raise typer.BadParameter(f"{text[:70]!r} is not an order's id; `kaisar order list` shows them")
+    return text.lower()
+
+
+OrderId = Annotated[
+    str,
+    typer.Argument(metavar="ORDER", parser=parse_order_id, help="The order's id, or at least its first six digits."),
+]
+
+
+def check_scheme(text: str) -> str:
+    """The name of a signature scheme."""
+    try:
+        return Scheme.from_label(text).label
+    except IdentityError as error:
+        raise typer.BadParameter(f"{error.message}; {error.hint}") from None
+
+
+SchemeName = Annotated[str, typer.Option("--scheme", callback=check_scheme, help="ed25519 or sr25519.")]
 
 
 def data_directory(option: Path | None) -> Path:
@@ -74,7 +98,10 @@ def parse_hours_s(text: str) -> int:
     """Seconds of a number of hours such as `2` or `0.5`."""
     if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text):
         raise typer.BadParameter(f"{text!r} is not a number of hours, such as 2 or 0.5")
-    return int(Decimal(text) * 3600)
+    seconds = int(Decimal(text) * 3600)
+    if not seconds:
+        raise typer.BadParameter(f"{text} hours are no time at all")
+    return seconds
 
 
 def parse_variable(text: str) -> tuple[str, str]:

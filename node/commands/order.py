@@ -48,14 +48,14 @@ def place(
     max_price: Annotated[
         int, typer.Option("--max-price", metavar="KAI", parser=parse_kai, help="The most to pay for an hour.")
     ],
-    cpu: Annotated[int | None, typer.Option("--cpu", min=1, help="CPU cores.", show_default="1")] = None,
+    cpu: Annotated[int | None, typer.Option("--cpu", min=1, max=65535, help="CPU cores.", show_default="1")] = None,
     memory: Annotated[
         int | None, typer.Option("--memory", metavar="SIZE", parser=parse_size_mb, help="Such as 512MB or 2GB.")
     ] = None,
     disk: Annotated[
         int | None, typer.Option("--disk", metavar="SIZE", parser=parse_size_mb, help="Such as 10GB.")
     ] = None,
-    gpu: Annotated[int | None, typer.Option("--gpu", min=0, help="GPUs.", show_default="0")] = None,
+    gpu: Annotated[int | None, typer.Option("--gpu", min=0, max=255, help="GPUs.", show_default="0")] = None,
     gpu_memory: Annotated[
         int | None, typer.Option("--gpu-memory", metavar="SIZE", parser=parse_size_mb, help="At least, of each GPU.")
     ] = None,

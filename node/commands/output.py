@@ -13,7 +13,9 @@ from kaisar_p2p.errors import (
     DataDirectoryError,
     IdentityError,
     KaisarError,
+    LedgerError,
     NodeUnavailable,
+    StoreError,
 )
 
 Row = Mapping[str, Any]
@@ -29,7 +31,7 @@ def exit_code(error: KaisarError) -> int:
     """The exit code for an error: see the table in docs/cli.md."""
     if isinstance(error, NodeUnavailable):
         return NO_NODE
-    if isinstance(error, ConfigError | DataDirectoryError | IdentityError):
+    if isinstance(error, ConfigError | DataDirectoryError | IdentityError | LedgerError | StoreError):
         return CANNOT_BE_USED
     return FAILED
 

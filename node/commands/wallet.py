@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kaisar_p2p.errors import ConfigError
-from kaisar_p2p.identity import Keystore, Scheme, Wallet
+from kaisar_p2p.errors import ConfigError, KaisarError
+from kaisar_p2p.identity import Keystore, Scheme, Wallet, ss58_decode
 from kaisar_p2p.identity.private_files import create_private_file
 from kaisar_p2p.wire.money import planck_to_kai
 from node.commands.client import NodeClient
 from node.commands.init import new_passphrase
-from node.commands.options import AsJson, DataDir, NoPassphrase, PassphraseFile, data_directory, parse_kai
+from node.commands.options import AsJson, DataDir, NoPassphrase, PassphraseFile, SchemeName, data_directory, parse_kai
 from node.commands.output import Row, kai, say, show_json, show_record, show_rows
 from node.config import Config, check_data_directory
 from node.passphrase import read_passphrase
@@ -23,7 +25,6 @@ from node.passphrase import read_passphrase
 app = typer.Typer(no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(help="The wallet's name: a-z, 0-9, _ and -.")]
-SchemeName = Annotated[str, typer.Option("--scheme", help="ed25519 or sr25519.")]
 SecretFile = Annotated[
     Path | None,
     typer.Option(
@@ -64,9 +65,8 @@ def new(
     if words not in (12, 24):
         raise typer.BadParameter("a phrase has 12 or 24 words", param_hint="--words")
     keystore = _keystore(data_dir)
-    kind = Scheme.from_label(scheme)
     passphrase = new_passphrase(no_passphrase=no_passphrase, file=passphrase_file)
-    wallet, phrase = keystore.create_wallet(name, kind, passphrase, words=words)
+    wallet, phrase = keystore.create_wallet(name, Scheme.from_label(scheme), passphrase, words=words)
     _show(wallet, as_json, phrase if show_mnemonic else None)
 
 
@@ -198,10 +198,7 @@ def balance(
             ("Balance", kai("balance")),
             ("Points", kai("points")),
             ("Stake", kai("stake")),
-            (
-                "Unbonding",
-                lambda row: [f"{e['amount_kai']} KAI until epoch {e['due_epoch']}" for e in row["unbonding"]],
-            ),
+            ("Unbonding", _unbonding),
             ("Rewards drawn", kai("claimed")),
             ("Licences", "licences"),
             ("Machines", lambda row: [machine["key"][:12] for machine in row["machines"]]),
@@ -215,8 +212,14 @@ def _unbonding(row: Row) -> list[str]:
 
 
 def _address(who: str, data_dir: Path | None) -> str:
+    """The address of a wallet by name, or of what must be an address itself."""
     names = {each.name: each.address for each in _keystore(data_dir).list()}
-    return names.get(who, who)
+    address = names.get(who, who)
+    try:
+        ss58_decode(address)
+    except KaisarError as error:
+        raise typer.BadParameter(f"{error.message}; it is no wallet's name either") from None
+    return address
 
 
 @app.command()
@@ -239,15 +242,21 @@ def transfer(
 
 
 def _secret(what: str, file: Path | None) -> str:
-    if file is None:
+    """From a file, else from a question on the terminal, else from what is piped in."""
+    if file is None and sys.stdin.isatty():
         return str(typer.prompt(f"The {what}", hide_input=True, err=True))
+    source = "standard input" if file is None else str(file)
     try:
-        with file.expanduser().open("rb") as opened:
-            data = opened.read(MAX_SECRET_BYTES + 1)
-        if len(data) > MAX_SECRET_BYTES:
-            raise ConfigError(f"{file} is too large for a {what}", hint="name another file")
-        return data.decode("utf-8").strip()
+        with contextlib.ExitStack() as stack:
+            stream = sys.stdin.buffer if file is None else stack.enter_context(file.expanduser().open("rb"))
+            data = stream.read(MAX_SECRET_BYTES + 1)
+        text = data.decode("utf-8").strip()
     except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror}", hint="check its path and rights") from None
+        raise ConfigError(f"{source} cannot be read: {error.strerror}", hint="check its path and rights") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"{file} is not UTF-8 text", hint="name another file") from None
+        raise ConfigError(f"{source} is not UTF-8 text", hint="name another file") from None
+    if not text or len(data) > MAX_SECRET_BYTES:
+        raise ConfigError(
+            f"{source} is {'too large for' if text else 'empty: it has not'} a {what}", hint="pass --file"
+        )
+    return text

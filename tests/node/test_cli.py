@@ -18,7 +18,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from kaisar_p2p.errors import DataDirectoryError, KaisarError
+from kaisar_p2p.errors import DataDirectoryError, KaisarError, LedgerError, StoreError
 from kaisar_p2p.identity import Keystore
 from node import cli
 from node.commands import run as run_module
@@ -107,8 +107,8 @@ def test_init_joins_a_ledger(kaisar: Invoke, tmp_path: Path) -> None:
     [
         (["--network", "moon"], 2, "demo, testnet, mainnet"),
         (["--role", "boss"], 4, "node.roles must be"),
-        (["--scheme", "rsa"], 4, "use ed25519 or sr25519"),
-        (["--ledger", "{tmp}/none.sqlite"], 1, "no ledger at"),
+        (["--scheme", "rsa"], 2, "use ed25519 or sr25519"),
+        (["--ledger", "{tmp}/none.sqlite"], 4, "no ledger at"),
         (["--genesis", "{tmp}/none.json"], 4, "cannot be read"),
         (["--genesis", "{tmp}/bad.json"], 4, "JSON"),
         (["--listen", "4001"], 4, "network.listen must be"),
@@ -185,6 +185,10 @@ def test_a_secret_can_be_typed(kaisar: Invoke, home: Path) -> None:
         (["new", "main", "--no-passphrase"], 4, "exists already"),
         (["new", "../x", "--no-passphrase"], 4, "is not a wallet name"),
         (["new", "x", "--words", "13"], 2, "12 or 24"),
+        (["new", "x", "--scheme", "rsa"], 2, "use ed25519 or sr25519"),
+        (["import", "x", "--from", "seed"], 4, "standard input is empty"),
+        (["balance", "nobody"], 2, "no wallet's name either"),
+        (["balance", "../status"], 2, "no wallet's name either"),
         (["import", "x", "--from", "json"], 2, "a polkadot-js file is needed"),
         (["import", "x", "--file", "/none"], 4, "cannot be read"),
         (["balance"], 3, "no node answers"),
@@ -307,6 +311,8 @@ def test_ctrl_c_ends_any_command_cleanly(tmp_path: Path) -> None:
 
 def test_errors_map_to_exit_codes() -> None:
     assert cli.exit_code(DataDirectoryError("x")) == 4
+    assert cli.exit_code(LedgerError("x")) == 4
+    assert cli.exit_code(StoreError("x")) == 4
     assert cli.exit_code(KaisarError("x")) == 1
 
 

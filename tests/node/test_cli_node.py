@@ -161,6 +161,8 @@ def test_all_options_of_an_order_arrive(served: Any, kaisar: Invoke) -> None:
         (["--template", "web", "--max-price", "1", "--hours", "1", "--minutes", "1"], 2, "give one of the two"),
         (["--template", "web", "--max-price", "1", "--connect", "--no-wait"], 2, "needs --wait"),
         (["--template", "web", "--max-price", "1", "--port", "0"], 2, "--port"),
+        (["--template", "web", "--max-price", "1", "--hours", "0"], 2, "no time at all"),
+        (["--template", "web", "--max-price", "1", "--cpu", "100000"], 2, "--cpu"),
         (["--template", "web", "--max-price", "1", "--env", "A"], 2, "NAME=value"),
         (["--command", "'open", "--max-price", "1"], 2, "No closing quotation"),
         (["--command", "true", "--max-price", "1", "--connect"], 2, "needs a port"),
@@ -172,6 +174,13 @@ def test_an_order_that_makes_no_sense_is_not_sent(
     refused = kaisar("order", "place", *arguments)
     assert (refused.code, said in " ".join(refused.err.split())) == (code, True), refused.err
     assert served.node.placed == []
+
+
+@pytest.mark.parametrize("command", ["order show", "order cancel", "lease logs", "lease connect", "lease exec"])
+@pytest.mark.parametrize("text", ["", "abc", "zzzzzz", "../status", "ababab?all=1", "ab" * 33])
+def test_what_is_no_order_id_is_not_sent(served: Any, kaisar: Invoke, command: str, text: str) -> None:
+    refused = kaisar(*command.split(), text, *(["ls"] if command == "lease exec" else []))
+    assert (refused.code, "is not an order's id" in " ".join(refused.err.split())) == (2, True), refused.err
 
 
 def test_an_order_that_nobody_can_serve(served: Any, kaisar: Invoke) -> None:
