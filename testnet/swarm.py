@@ -202,6 +202,7 @@ class Swarm:
 
     def stop_node(self, name: str, *, grace_s: float = STOP_GRACE_S) -> None:
         """Stop one node and leave its leases as they are, as its owner would."""
+        name = self.member(name).name
         with self._locked():
             running = self._read()
             process = running[name].process() if name in running else None
@@ -212,6 +213,7 @@ class Swarm:
 
     def kill(self, name: str) -> None:
         """kill -9, as a power cut would. What its leases run lives on, as after a crash."""
+        name = self.member(name).name
         with self._locked():
             running = self._read()
             process = running[name].process() if name in running else None

@@ -161,6 +161,9 @@ def test_start_and_stop_one(swarm: Swarm) -> None:
     assert "late" not in swarm.running()
     with pytest.raises(SwarmError, match="does not run"):
         swarm.kill("late")
+    for stop in (swarm.stop_node, swarm.kill):
+        with pytest.raises(SwarmError, match="no node is called 'nobody'"):
+            stop("nobody")
     with pytest.raises(SwarmError, match="no node is called 'nobody'") as caught:
         swarm.start("nobody")
     assert "checker-2" in caught.value.hint
