@@ -13,7 +13,9 @@ can reach is overridden here, and only here. The library, as of 0.8.1:
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -281,8 +283,7 @@ class Network(Swarm):
                 with trio.fail_after(self.limits.dial_s):
                     return await self._dial_address(key, address)
             except Exception as error:  # noqa: BLE001  (the edge: the handshake of a stranger can raise anything)
-                cause = error.__cause__ or error
-                causes.append(f"{address}: {type(cause).__name__} {cause}".strip())
+                causes.append(f"{address}: {_cause(error)}")
         raise PeerUnreachable(
             f"peer {key.hex()[:12]} cannot be reached at " + ("; ".join(causes) if causes else "any known address"),
             hint="is it running, and do the networks let you through?",
@@ -300,6 +301,20 @@ class Network(Swarm):
         return connection
 
 
+def _cause(error: BaseException) -> str:
+    """The reason at the bottom of wrapped errors, for people."""
+    while True:
+        inner = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error.__cause__
+        if inner is None:
+            break
+        error = inner
+    if isinstance(error, trio.TooSlowError):
+        return "no answer in time"
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    return f"{type(error).__name__} {error}".strip()
+
+
 async def _bind(text: str) -> list[trio.SocketListener]:
     try:
         address, _ = parse(text)
@@ -308,9 +323,11 @@ async def _bind(text: str) -> list[trio.SocketListener]:
     try:
         return await trio.open_tcp_listeners(address.port, host=address.host, backlog=_BACKLOG)
     except OSError as error:
+        ours = error.errno != errno.EADDRNOTAVAIL
+        hint = "stop what uses it, or choose another" if ours else "this machine does not have it: choose another"
         raise PortUnavailable(
             f"cannot listen on {address.host} port {address.port}: {error.strerror or error}",
-            hint="stop the other node, or choose another address with --listen",
+            hint=f"{hint} address with --listen",
         ) from None
 
 

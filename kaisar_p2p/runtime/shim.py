@@ -42,8 +42,20 @@ def main(arguments: list[str]) -> None:
     if mode == "exec":
         os.chdir(os.path.join(directory, "work"))
         limit(spec)
-        os.execvpe(arguments[2], arguments[2:], spec["environment"])
+        execute(arguments[2:], spec["environment"])
     run(directory, spec)
+
+
+def execute(command: list[str], environment: dict[str, str]) -> None:
+    """Become the command; where that fails, say why and end with 127 (not found) or 126, as a shell does."""
+    try:
+        os.execvpe(command[0], command, environment)
+    except OSError as error:
+        os.write(2, f"{command[0]}: {error.strerror}\n".encode(errors="replace"))
+        os._exit(127 if isinstance(error, FileNotFoundError) else 126)
+    except ValueError:  # a zero byte
+        os.write(2, b"not a command\n")
+        os._exit(126)
 
 
 def run(directory: str, spec: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 
 import pytest
@@ -45,6 +46,16 @@ async def test_unknown_peer_is_unreachable(lab) -> None:
     a = await lab.mesh()
     with pytest.raises(PeerUnreachable):
         await a.request(os.urandom(32), "/echo", b"", deadline_s=5, max_reply_bytes=10)
+
+
+async def test_why_a_peer_is_unreachable_is_told_in_plain_words(lab) -> None:
+    a = await lab.mesh()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    a.add_addresses(bytes(range(32)), [f"/ip4/127.0.0.1/tcp/{port}"])
+    with pytest.raises(PeerUnreachable) as caught:
+        await a.request(bytes(range(32)), "/echo", b"", deadline_s=5, max_reply_bytes=10)
+    assert caught.value.message.endswith(f"/ip4/127.0.0.1/tcp/{port}: Connection refused")
 
 
 async def test_somebody_elses_address_does_not_pass_for_the_peer(lab) -> None:
@@ -257,6 +268,13 @@ async def test_a_taken_port_is_named(lab) -> None:
         async with open_mesh(MeshConfig(listen=(f"/ip4/127.0.0.1/tcp/{port}",)), os.urandom(32)):
             raise AssertionError("two nodes share a port")
     assert "--listen" in caught.value.hint
+
+
+async def test_an_address_of_another_machine_is_named() -> None:
+    with pytest.raises(PortUnavailable) as caught:
+        async with open_mesh(MeshConfig(listen=("/ip4/192.0.2.77/tcp/0",)), os.urandom(32)):
+            raise AssertionError("an address of nobody")
+    assert "this machine does not have it" in caught.value.hint
 
 
 @pytest.mark.parametrize("listen", ["", "127.0.0.1:4001", "/ip4/127.0.0.1/udp/1/quic-v1", "/ip4/300.1.1.1/tcp/1"])

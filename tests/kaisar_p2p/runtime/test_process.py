@@ -211,6 +211,22 @@ async def test_exec_shares_place_and_environment(runtime: ProcessRuntime) -> Non
     assert said == {1: b"by the program and by you", 2: b"hello\n"}
 
 
+@pytest.mark.parametrize(
+    ("program", "code", "said"),
+    [("no-such-program", 127, b"No such file"), ("./none", 127, b"No such file"), ("/etc", 126, b"Permission denied")],
+)
+async def test_a_command_that_cannot_be_run_is_told_as_a_shell_would(
+    runtime: ProcessRuntime, program: str, code: int, said: bytes
+) -> None:
+    await runtime.start(spec("sleep", "60"))
+    with trio.fail_after(20):
+        async with runtime.exec(LEASE, (program, "argument")) as session:
+            output = b"".join([data async for channel, data in session.output() if channel == 2])
+            assert await session.exit_code() == code
+    assert output.startswith(program.encode() + b": " + said)
+    assert b"Traceback" not in output
+
+
 async def test_leaving_exec_kills_the_command_and_what_it_started(runtime: ProcessRuntime) -> None:
     await runtime.start(spec("sleep", "60"))
     with trio.fail_after(20):
