@@ -67,6 +67,11 @@ VARIANTS, VARIANTS_PER_S = 12, 0.02
 """Certificates on one core: half a dozen aggregators may make one each, but any T of their signatures are another."""
 
 
+def digest_of(name: str, data: bytes) -> bytes:
+    """Identity of a message on a topic: the same bytes on another topic say nothing about it."""
+    return sha256(name.encode(), b"/", data)
+
+
 def subject_of(message: Any) -> bytes:
     """Whose message it is: the signer's, or of the core that a certificate is about, or of the key that is accused."""
     match message:
@@ -127,7 +132,7 @@ class Switchboard:
 
     def echo(self, name: str, data: bytes) -> None:
         """Our own gossip, for our own machines: validated like anybody's, so that a mistake of ours shows."""
-        topic, digest = TOPICS[name], sha256(data)
+        topic, digest = TOPICS[name], digest_of(name, data)
         if digest in self._seen:
             return
         verdict, _, message = topic.validate(data, self._now(), self._state())
@@ -136,16 +141,16 @@ class Switchboard:
 
     def _validator(self, name: str, topic: Topic) -> Callable[[bytes, bytes, bytes, float], tuple[Verdict, str]]:
         def validate(data: bytes, sender: bytes, author: bytes, received_at: float) -> tuple[Verdict, str]:
-            digest = sha256(data)
+            digest = digest_of(name, data)
             # [IGNORE] the same bytes were accepted before: a replay, or another peer's copy
             if digest in self._seen:
                 return Verdict.IGNORE, "duplicate"
             # [REJECT] what costs much to refuse is refused once
-            if topic.heavy and sha256(name.encode(), digest) in self._refused:
+            if topic.heavy and digest in self._refused:
                 return Verdict.REJECT, "refused before"
             verdict, reason, message = topic.validate(data, received_at, self._state())
             if verdict is Verdict.REJECT and topic.heavy:
-                self._refused.add(sha256(name.encode(), digest))
+                self._refused.add(digest)
             # [IGNORE] its author, or its subject, has had its share
             if verdict is Verdict.ACCEPT and not self._has_share(name, message):
                 return Verdict.IGNORE, "more than its share"
@@ -169,7 +174,7 @@ class Switchboard:
 
     async def _deliver(self, name: str, topic: Topic, channel: trio.MemoryReceiveChannel[GossipMessage]) -> None:
         async for received in channel:
-            digest = sha256(received.data)
+            digest = digest_of(name, received.data)
             message = self._parsed[name].pop(digest, None)
             if message is None:
                 continue
