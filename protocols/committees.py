@@ -5,6 +5,8 @@ Everything here is computed alike by the ledger's rules, by every seat and by wh
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from kaisar_p2p.wire.codec import encode
 from kaisar_p2p.wire.crypto import domain_hash, verify
 from protocols import sortition
@@ -13,6 +15,9 @@ from protocols.epochs import EpochCertificate, EpochHeader, HeaderVote
 from protocols.interpreter.state import Registry, State
 from protocols.params import Params
 from protocols.quorum import MAX_SEATS, Committee, QuorumCertificate
+
+DRAWS_KEPT = 8_192
+"""Committees that are remembered, about 0.5 kB each: an epoch's body asks for each of them several times."""
 
 
 def check_size(params: Params, eligible: int) -> tuple[int, int]:
@@ -113,6 +118,7 @@ def _eligible(registry: Registry) -> int:
     return sum(stake > 0 for _, stake in registry)
 
 
+@lru_cache(maxsize=DRAWS_KEPT)
 def _draw(
     registry: Registry, beacon: bytes, subject: bytes, k: int, threshold: int, network: bytes
 ) -> Committee | None:

@@ -249,11 +249,15 @@ class EpochMachine:
             return "the body is malformed"
         known = Known(
             certificates=self._pool.certificates(),
+            verified=self._pool.verified,
             due=self._pool.due(self._grace_slot(ended.state)),
             due_reveals=tally.reveals_before(ended.at + EARLY * ended.window_s),
             evidence=self._pool.evidence(),
         )
-        return check_body(header, body, ended.state, self._library.base, ended.state_root, known)
+        problem = check_body(header, body, ended.state, self._library.base, ended.state_root, known)
+        for certificate in body.certificates if not problem else ():
+            self._pool.add(certificate, NOT_DUE)  # verified now: not again in the next round
+        return problem
 
     def _vote(self, tally: Tally, header: EpochHeader, digest: bytes, data: bytes) -> list[Action]:
         tally.voted_round = header.round

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 from protocols.epoch_body import MAX_CERTIFICATES, Subject, certificate_hash, subject_of
 from protocols.quorum import QuorumCertificate
 
 MAX_EVIDENCE = 4096
+MAX_VERIFIED = 4 * MAX_CERTIFICATES
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Pool:
         self._network = network
         self._entries: dict[Subject, _Entry] = {}
         self._subjects: dict[bytes, Subject] = {}
+        self._verified: dict[bytes, Subject] = {}
         self._evidence: dict[bytes, int] = {}
 
     def add(self, certificate: QuorumCertificate, slot: int) -> bytes | None:
@@ -33,6 +35,8 @@ class Pool:
         if subject is None:
             return None
         digest = certificate_hash(certificate, self._network)
+        if len(self._verified) < MAX_VERIFIED:
+            self._verified[digest] = subject
         old = self._entries.get(subject)
         if old is None and len(self._entries) >= MAX_CERTIFICATES:
             return None
@@ -55,6 +59,11 @@ class Pool:
         subject = self._subjects.get(digest)
         return self._entries[subject].certificate if subject is not None else None
 
+    @property
+    def verified(self) -> Container[bytes]:
+        """Hashes of all certificates that were added, also of those that gave way to a lower hash on their subject."""
+        return self._verified.keys()
+
     def certificates(self) -> dict[Subject, QuorumCertificate]:
         """All certificates by subject."""
         return {subject: entry.certificate for subject, entry in self._entries.items()}
@@ -71,6 +80,8 @@ class Pool:
         """Drop certificates whose subject is over."""
         for subject in [subject for subject in self._entries if is_over(subject)]:
             del self._subjects[self._entries.pop(subject).digest]
+        for digest in [digest for digest, subject in self._verified.items() if is_over(subject)]:
+            del self._verified[digest]
 
     def forget_evidence(self, digests: tuple[bytes, ...]) -> None:
         """Drop evidence that is in an anchored body."""

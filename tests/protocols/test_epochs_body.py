@@ -227,7 +227,7 @@ def test_valid_certificates() -> None:
     assert not is_valid(state, replace(good, core=replace(good.core, epoch=2)))
     assert not is_valid(state, replace(good, core=replace(good.core, worker=bytes(32))))
     assert not is_valid(state, replace(seen, core=replace(seen.core, worker=WORKERS[1])))
-    assert not is_valid(state, replace(seen, core=replace(seen.core, status=3)))
+    assert not is_valid(state, replace(seen, core=replace(seen.core, status=4)))
     assert not is_valid(state, replace(seen, core=replace(seen.core, order_id=bytes(32))))
     assert not is_valid(state, signed(ReadyCore(ORDER_ID, WORKERS[0]), state.orders[ORDER_ID].seats))
 
@@ -243,6 +243,17 @@ def test_an_honest_body_is_signed_with_and_without_own_knowledge() -> None:
     assert judged(body) == ""
     own = {subject_of(each): each for each in body.certificates}
     assert judged(body, Known(own, frozenset(own), frozenset(CHECKERS))) == ""
+
+
+def test_certificates_that_gossip_verified_are_not_verified_again() -> None:
+    state, body, _ = first_epoch()
+    lie = replace(body.certificates[0], signatures=(bytes(64),) * len(body.certificates[0].signatures))
+    forged = assemble(state, GENESIS, body.reveals, [lie, *body.certificates[1:]])
+    assert judged(forged) == "an invalid certificate"
+    hashes = {certificate_hash(each, state.network) for each in body.certificates}
+    assert judged(forged, Known({}, verified=hashes)) == "an invalid certificate"  # nobody verified this one
+    # What is in the set is believed: that its signature is not looked at shows on one that has none.
+    assert judged(forged, Known({}, verified=hashes | {certificate_hash(lie, state.network)})) == ""
 
 
 def test_each_lie_has_its_reason() -> None:

@@ -1,0 +1,35 @@
+"""The pool of certificates for an epoch's body: one of each subject, and what was verified."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocols.epoch_body import certificate_hash, subject_of
+from protocols.epoch_pool import Pool
+from protocols.quorum import QuorumCertificate, WitnessCore
+
+NETWORK = bytes(32)
+
+
+def certificate(slot: int, votes: int) -> QuorumCertificate:
+    return QuorumCertificate(WitnessCore(bytes(32), bytes(32), slot, 1), (1 << votes) - 1, (bytes(64),) * votes)
+
+
+CERTIFICATES = st.builds(certificate, st.integers(0, 9), st.integers(1, 4))
+
+
+@given(st.lists(CERTIFICATES), st.integers(0, 10))
+def test_the_lowest_hash_stays_and_all_were_verified(certificates: list[QuorumCertificate], over: int) -> None:
+    pool = Pool(NETWORK)
+    for each in certificates:
+        pool.add(each, 1)
+    hashes = {each: certificate_hash(each, NETWORK) for each in certificates}
+    kept = pool.certificates()
+    for each in certificates:
+        assert hashes[kept[subject_of(each)]] <= hashes[each]  # type: ignore[index]
+        assert hashes[each] in pool.verified
+    pool.forget(lambda subject: subject[0] < over)
+    assert all(subject[0] >= over for subject in pool.certificates())
+    for each in certificates:
+        assert (hashes[each] in pool.verified) == (each.core.slot >= over)  # type: ignore[union-attr]
