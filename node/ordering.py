@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ASKED = 6
+BINDING_S = 15.0
+"""How long an order waits for the call that binds our machine to its owner."""
 OFFER_DEADLINE_S = 5.0
 REPLY_BYTES = 2_048
 
@@ -59,6 +61,7 @@ async def place(node: Node, request: PlaceOrder) -> PlacedOrder:
     """
     state = await node.chain.caught_up()
     _check_request(node, state, request)
+    state = await _bound_state(node)
     adverts = node.index.live_adverts(node.clock.now(), state.params.advert_ttl_ms)
     adverts = [advert for advert in adverts if advert.worker != node.key]
     nonce = secrets.token_bytes(32)  # of the order: the draw and the offers share it, so that the draw can be repeated
@@ -86,9 +89,20 @@ def _check_request(node: Node, state: State, request: PlaceOrder) -> None:
         raise OrderRefused(
             f"{asked} KAI are to be paid with points, the wallet has {planck_to_kai(owned)}", hint="lower --points"
         )
-    machine = state.machines.get(node.key)
-    if machine is None or machine.owner != node.wallet.public_key:
+
+
+async def _bound_state(node: Node) -> State:
+    """The newest state in which our machine is ours: a node that has just started binds it with its first call."""
+    with trio.move_on_after(BINDING_S):
+        while node.key not in node.chain.state.machines:
+            await node.chain.advanced()
+    state = node.chain.state
+    if node.key not in state.machines:
         raise OrderRefused("this node's machine is not bound on the ledger yet", hint="try again in some seconds")
+    if state.machines[node.key].owner != node.wallet.public_key:
+        hint = "use the wallet that bound it, or `kaisar init` another data directory"
+        raise OrderRefused("this node's machine is bound to another owner on the ledger", hint=hint)
+    return state
 
 
 def _candidates(

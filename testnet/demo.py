@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from kaisar_p2p.errors import KaisarError
+from kaisar_p2p.errors import DataDirectoryError, KaisarError
 from kaisar_p2p.hardware.prove import select_backend
 from testnet.demo_context import Demo
 from testnet.demo_network import measure
@@ -62,8 +62,12 @@ def run_demo(network: str, directory: Path | None, *, keep: bool, as_json: bool)
 
 def _own_directory() -> Path:
     base = state_home()
-    base.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return Path(tempfile.mkdtemp(prefix="demo-", dir=base))
+    try:
+        base.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return Path(tempfile.mkdtemp(prefix="demo-", dir=base))
+    except OSError as error:
+        hint = "pass --directory, or set XDG_STATE_HOME"
+        raise DataDirectoryError(f"{base} cannot be used: {error.strerror}", hint=hint) from None
 
 
 def _run_steps(demo: Demo, keep: bool) -> str | None:

@@ -72,9 +72,17 @@ def prepare(manifest: Manifest, directory: Path, *, time_ms: int) -> Prepared:
     The manifest's copy is written last, so a directory that has one is complete. DataDirectoryError when something is
     there already.
     """
-    if directory.exists() and any(path.name != "swarm.lock" for path in directory.iterdir()):
+    if directory.is_dir() and any(path.name != "swarm.lock" for path in directory.iterdir()):
         raise DataDirectoryError(f"{directory} is not empty", hint="remove it, or pass another --directory")
     create_data_directory(directory)
+    try:
+        return _fill(manifest, directory, time_ms)
+    except OSError as error:
+        hint = "remove the directory; check free space and rights"
+        raise DataDirectoryError(f"{directory} cannot be written: {error.strerror}", hint=hint) from None
+
+
+def _fill(manifest: Manifest, directory: Path, time_ms: int) -> Prepared:
     for name in (NODES, LOGS):
         (directory / name).mkdir(mode=0o700)
     members: list[Member] = []

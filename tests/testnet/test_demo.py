@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from kaisar_p2p.errors import KaisarError
+from kaisar_p2p.errors import DataDirectoryError, KaisarError
 from testnet import demo as demo_module
 from testnet.demo import run_demo
 from testnet.demo_context import Demo
@@ -102,6 +102,14 @@ def test_ctrl_c_stops_everything_and_leaves_no_directory(
         run_demo("small", None, keep=False, as_json=False)
     assert len(stopped) == 1
     assert list((tmp_path / "kaisar").iterdir()) == []
+
+
+def test_a_state_directory_that_cannot_be_made_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    with pytest.raises(DataDirectoryError) as caught:
+        run_demo("small", None, keep=False, as_json=False)
+    assert "--directory" in caught.value.hint
 
 
 def test_keep_leaves_it_running_and_says_how_to_use_it(

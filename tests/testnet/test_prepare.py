@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import stat
 from pathlib import Path
 
@@ -106,6 +107,21 @@ def test_nothing_is_overwritten(manifest: Manifest, prepared: Prepared, tmp_path
     with pytest.raises(DataDirectoryError, match="holds no network"):
         load_prepared(tmp_path)
     assert not is_prepared(tmp_path)
+
+
+def test_a_place_that_cannot_be_used_is_told(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataDirectoryError, match="is not a directory"):
+        prepare(manifest, tmp_path / "file", time_ms=1)
+
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(DataDirectoryError, match="cannot be written: No space left"):
+        prepare(manifest, tmp_path / "full", time_ms=1)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"network": "a", "members": [{}]}', '{"network": 1, "members": 1}'])

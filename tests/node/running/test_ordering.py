@@ -236,9 +236,25 @@ async def test_a_balance_that_is_too_small_locks_nothing(market: Market) -> None
     assert not list(market.node.store.items("order"))
 
 
-async def test_a_machine_that_is_not_bound_has_to_wait(market: Market) -> None:
+async def test_a_machine_that_is_not_bound_has_to_wait(market: Market, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ordering, "BINDING_S", 0.1)
     market.node.machine_key = SimpleNamespace(public_key=b"\x66" * 32)  # type: ignore[assignment]
     assert "not bound" in (await market.refused()).message
+
+
+async def test_an_order_waits_while_the_machine_is_being_bound(market: Market) -> None:
+    """As right after the start of a node: the binding is on its way to the ledger."""
+    node, keys = market.node, KeyPair.from_seed(b"\x66" * 32)
+    node.machine_key = SimpleNamespace(public_key=keys.public_key, key_pair=keys)  # type: ignore[assignment]
+    node.index.adverts.clear()
+    body = calls.bind_body(node.wallet.public_key, calls.CLIENT)
+    bind = calls.MachineBind(
+        keys.public_key, calls.CLIENT, keys.sign(calls.BIND_DOMAIN, node.chain.ledger.network, body)
+    )
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(node.call, bind)
+        with trio.fail_after(20), pytest.raises(OrderRefused, match="no worker is active"):
+            await node.place_order(REQUEST)
 
 
 async def test_a_worker_does_not_order_from_itself(market: Market) -> None:
