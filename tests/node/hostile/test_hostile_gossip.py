@@ -515,7 +515,9 @@ async def test_a_flood_fills_nothing(arena: Any) -> None:
             ("lease", _lease(world, order_id=number.to_bytes(32, "big"))),
             ("lease", _ticket(world, order_id=number.to_bytes(32, "big"))),
         ]
-    own = [_advert(world, issued_ms=world.now_ms - n) for n in range(600)]
+    key = world.bound.public_key
+    owner = world.state.machines[key].owner
+    own = [_advert(world, world.bound, worker=key, owner=owner, issued_ms=world.now_ms - n) for n in range(600)]
     useless += [("advert", data) for data in own]
     useless += [("advert", own[0])] * 600
     for number, (topic, data) in enumerate(useless):
