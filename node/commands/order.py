@@ -254,6 +254,7 @@ def show(order: OrderId, data_dir: DataDir = None, as_json: AsJson = False) -> N
         ("Paid", lambda row: f"{row['paid_kai']} KAI for {row['paid_seconds']} s witnessed"),
         ("Refunded", kai("refunded")),
         ("Refunded points", kai("refunded_points")),
+        ("From the worker's bond", kai("penalty")),
     ]
     show_record(answer, fields, as_json=as_json)
     if not as_json:
