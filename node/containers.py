@@ -8,6 +8,7 @@ import trio
 
 from kaisar_p2p.errors import KaisarError
 from kaisar_p2p.runtime.interface import ContainerRuntime, ContainerSpec, ContainerStatus
+from kaisar_p2p.runtime.reach import answers
 from node.inbox import Inbox, Lane
 from protocols.actions import ContainerReport, Deploy
 
@@ -15,6 +16,7 @@ log = logging.getLogger(__name__)
 
 HEALTH_POLL_S = 0.1
 HEALTH_TIMEOUT_S = 120.0
+ACCEPT_TIMEOUT_S = 1.0
 STOP_GRACE_S = 5.0
 STOP_RETRY_S = (1.0, 5.0, 30.0)
 
@@ -121,12 +123,4 @@ class Containers:
 
 async def _accepts(status: ContainerStatus, port: int) -> bool:
     address = status.address(port)
-    if address is None:
-        return False
-    try:
-        with trio.fail_after(1.0):
-            stream = await trio.open_tcp_stream(*address)
-    except (OSError, trio.TooSlowError):
-        return False
-    await stream.aclose()
-    return True
+    return address is not None and await answers(address, ACCEPT_TIMEOUT_S)

@@ -13,6 +13,7 @@ import trio
 from kaisar_p2p.errors import ContainerError, DecodeError, KaisarError, MeshError, PortUnavailable, RequestFailed
 from kaisar_p2p.mesh import Mesh, MeshStream
 from kaisar_p2p.runtime.interface import ContainerRuntime, ExecSession
+from kaisar_p2p.runtime.reach import stays_open
 from kaisar_p2p.tunnel import serve_local, splice
 from kaisar_p2p.wire.codec import decode, encode
 from protocols.actions import Action, BlockApplied, Event
@@ -92,8 +93,16 @@ class TunnelServer:
             await stream.send_frame(encode(TunnelReply(0, f"nothing listens on port {opening.port} of the container")))
             return
         async with tcp:
+            if self._probes(stream.peer, opening.order_id) and not await stays_open(tcp):
+                await stream.send_frame(encode(TunnelReply(0, f"nothing listens on port {opening.port}")))
+                return
             await stream.send_frame(encode(TunnelReply(1, "")))
             await splice(stream, tcp, idle_timeout_s=IDLE_TIMEOUT_S)
+
+    def _probes(self, peer: bytes, order_id: bytes) -> bool:
+        """Whether this is a witness; a client is not kept waiting, and sees for itself when nothing listens."""
+        order = self._state().orders.get(order_id)
+        return order is not None and peer != order.client_key
 
     async def _serve_logs(self, stream: MeshStream, opening: TunnelOpen) -> None:
         lease, follow = opening.order_id.hex(), "follow" in opening.arguments

@@ -1,41 +1,58 @@
-"""Containers in a Docker engine, through its SDK in threads; the SDK is imported only when this module is.
+"""Containers in a Docker engine; the SDK is imported only when this module is.
 
 A lease's container carries the labels ``kaisar.lease`` and ``kaisar.node``, by which a node finds its own again after a
-restart. It has limits for memory, CPU and processes, no capability beyond those that images need to become an ordinary
-user, cannot gain privileges, and publishes its ports on loopback only. An image with the label
-``kaisar.root=read-only`` gets a read-only root; others can write to a layer that is removed with the container.
+restart. It has limits for memory, CPU, processes and disk, no capability beyond those that images need to become an
+ordinary user, cannot gain privileges, publishes its ports on loopback only, and reaches no other container. An image
+with the label ``kaisar.root=read-only`` gets a read-only root; others can write to a layer that is removed with the
+container.
+
+In a command, ``{host}`` becomes the address to listen on, ``{port:<n>}`` the port *n*, ``{python}`` ``python3``; the
+environment has the same in ``KAISAR_HOST`` and ``KAISAR_PORT_<n>``, as in the process runtime.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+import logging
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import docker
 import trio
-from docker.errors import APIError, DockerException, ImageNotFound, NotFound
-from docker.types import DeviceRequest, LogConfig
-from docker.utils.socket import frames_iter
+from docker.errors import APIError, DockerException, NotFound
 from requests import RequestException
 
 from kaisar_p2p.errors import ContainerError, RuntimeUnavailable
+from kaisar_p2p.runtime.docker_engine import CALL_TIMEOUT_S, ENGINE_ERRORS, LOOK_TIMEOUT_S, Engine, why
+from kaisar_p2p.runtime.docker_options import (
+    DISK_LABEL,
+    LEASE_LABEL,
+    NETWORK,
+    NETWORK_OPTIONS,
+    NODE_LABEL,
+    ROOT_LABEL,
+    arguments,
+    free_gpus,
+    status_of,
+)
+from kaisar_p2p.runtime.docker_streams import KILL_TIMEOUT_S, read_logs, start_exec
 from kaisar_p2p.runtime.interface import ContainerSpec, ContainerStatus, ExecSession
 
-T = TypeVar("T")
+log = logging.getLogger(__name__)
 
-LEASE_LABEL, NODE_LABEL, ROOT_LABEL = "kaisar.lease", "kaisar.node", "kaisar.root"
-HOST = "127.0.0.1"
 PING_TIMEOUT_S = 2
-CALL_TIMEOUT_S = 60
 POLL_S = 0.5
-MAX_PROCESSES = 256
-TAIL_LINES = 5_000
-CAPABILITIES = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "KILL", "NET_BIND_SERVICE", "SETGID", "SETUID"]
-LOGS = LogConfig(type=LogConfig.types.JSON, config={"max-size": "4m", "max-file": "2"})
-_PHASES = {"created": "created", "running": "running", "paused": "running", "restarting": "running"}
+EXIT_CONFIRM_S = 2.0
+"""A container that its operator restarts has ended for so long at most."""
+AWAY_S = 120.0
+"""So long may an engine be away, say for an upgrade, before its leases have failed."""
+DISK_POLL_S = 30.0
+MAX_STREAMS = 16
+"""Logs that are followed, and commands, of one lease."""
 
 
 async def open_docker(node_id: str) -> DockerRuntime:
@@ -66,9 +83,11 @@ class DockerRuntime:
 
     def __init__(self, client: Any, node_id: str) -> None:
         """`client` is a docker.DockerClient; `node_id` marks this node's containers."""
+        self._engine = Engine(client)
         self._client = client
         self._node_id = node_id
-        self._threads = trio.CapacityLimiter(64)  # streams hold a thread each; they must not starve the node's own
+        self._creating = trio.Lock()  # two starts must not choose the same GPU, or be of the same lease
+        self._streams: Counter[str] = Counter()
 
     # ── start and stop ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -77,63 +96,69 @@ class DockerRuntime:
         known = await self.status(spec.lease)
         if known is not None and known.phase != "created":
             return known
-        await self._call(partial(self._start, spec), "start-failed")
+        labels = await self._engine.image(spec.image)
+        given_up = threading.Event()
+        async with self._creating:
+            try:
+                make = partial(self._start, spec, labels.get(ROOT_LABEL) == "read-only", given_up)
+                await self._engine.call(make, "start-failed")
+            except BaseException:
+                given_up.set()
+                raise
         status = await self.status(spec.lease)
         if status is None:
             raise ContainerError("start-failed: the engine removed the container at once")
         return status
 
-    def _start(self, spec: ContainerSpec) -> None:
-        for left in self._find(spec.lease):  # created by a start that was interrupted
-            left.remove(force=True, v=True)
-        image = self._image(spec.image)
-        arguments = _arguments(spec, self._node_id, read_only=(image.labels or {}).get(ROOT_LABEL) == "read-only")
-        container = self._create(spec, arguments)
+    def _start(self, spec: ContainerSpec, read_only: bool, given_up: threading.Event) -> None:
+        mine = self._find()
+        for left in mine:
+            if left.labels.get(LEASE_LABEL) == spec.lease:
+                if status_of(left).phase != "created":  # another start of it was faster
+                    return
+                left.remove(force=True, v=True)  # created by a start that was interrupted
+        self._ensure_network()
         try:
-            container.start()
+            self._create(spec, arguments(spec, self._node_id, free_gpus(spec.gpus, mine), read_only=read_only)).start()
+            if given_up.is_set():
+                raise ContainerError("start-failed: the engine took too long")
         except BaseException:
-            with contextlib.suppress(DockerException, RequestException):
-                container.remove(force=True, v=True)
+            with contextlib.suppress(*ENGINE_ERRORS):
+                self._remove(spec.lease)
             raise
 
-    def _image(self, name: str) -> Any:
-        if not name:
-            raise ContainerError("image-not-found: no image is named", hint="this worker runs images only")
+    def _create(self, spec: ContainerSpec, made: dict[str, Any]) -> Any:
+        disk_mb = max(1, spec.disk_mb)
         try:
-            return self._client.images.get(name)
-        except ImageNotFound:
-            pass
-        try:
-            return (
-                self._client.images.pull(name)
-                if ":" in name or "@" in name
-                else self._client.images.pull(name, "latest")
-            )
-        except (ImageNotFound, NotFound) as error:
-            raise ContainerError(f"image-not-found: {name}") from error
-        except APIError as error:  # private or misspelt repositories answer with all kinds of codes
-            raise ContainerError(f"image-not-found: {name}: {_why(error)}") from error
-
-    def _create(self, spec: ContainerSpec, arguments: dict[str, Any]) -> Any:
-        disk = {"storage_opt": {"size": f"{max(1, spec.disk_mb)}m"}}
-        try:
-            return self._client.containers.create(spec.image, **arguments, **disk)
+            return self._client.containers.create(spec.image, **made, storage_opt={"size": f"{disk_mb}m"})
         except APIError as error:
-            if "storage" not in _why(error).lower() and "quota" not in _why(error).lower():
+            if "storage" not in why(error).lower() and "quota" not in why(error).lower():
                 raise
-        return self._client.containers.create(spec.image, **arguments)  # the engine's disk driver knows no limits
+        made["labels"][DISK_LABEL] = str(disk_mb)  # the engine's disk driver knows no limits: `wait` looks instead
+        return self._client.containers.create(spec.image, **made)
+
+    def _ensure_network(self) -> None:
+        try:
+            self._client.networks.get(NETWORK)
+        except NotFound:
+            try:
+                self._client.networks.create(NETWORK, driver="bridge", options=NETWORK_OPTIONS, check_duplicate=True)
+            except APIError as error:
+                if error.status_code != 409:  # 409: another node was faster
+                    raise
 
     async def stop(self, lease: str, grace_s: float) -> None:
         """SIGTERM, after `grace_s` SIGKILL; removes the container and its volumes."""
+        remove = partial(self._remove, lease, max(0, round(grace_s)))
+        await self._engine.call(remove, "cannot stop", grace_s + CALL_TIMEOUT_S)
 
-        def stop() -> None:
-            for container in self._find(lease):
-                with contextlib.suppress(NotFound):
-                    container.stop(timeout=max(0, round(grace_s)))
-                with contextlib.suppress(NotFound):
-                    container.remove(force=True, v=True)
-
-        await self._call(stop, "cannot stop")
+    def _remove(self, lease: str, grace_s: int = 0) -> None:
+        for container in self._find(lease):
+            with _gone_is_fine():
+                if grace_s:
+                    container.stop(timeout=grace_s)
+            with _gone_is_fine():
+                container.remove(force=True, v=True)
 
     # ── looking ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -143,147 +168,119 @@ class DockerRuntime:
 
     async def status(self, lease: str) -> ContainerStatus | None:
         """As the engine knows it."""
-        found = await self._call(partial(self._find, lease), "cannot look")
-        return _status(found[0]) if found else None
+        found = await self._engine.call(partial(self._find, lease), "cannot look", LOOK_TIMEOUT_S)
+        return status_of(found[0]) if found else None
 
     async def containers(self) -> list[ContainerStatus]:
         """All containers with this node's label."""
-        found = await self._call(self._find, "cannot look")
-        return sorted((_status(container) for container in found), key=lambda status: status.lease)
-
-    async def wait(self, lease: str) -> int:
-        """Exit code; ContainerError if there is no such container, or it was removed."""
-        while True:
-            status = await self.status(lease)
-            if status is None:
-                raise ContainerError(f"lease {lease[:8]} is not here")
-            if status.exit_code is not None:
-                return status.exit_code
-            await trio.sleep(POLL_S)
-
-    async def logs(self, lease: str, *, follow: bool, tail_bytes: int) -> AsyncIterator[bytes]:
-        """Output and errors in one stream, from at most `tail_bytes` and 5,000 lines back."""
-        container = await self._one(lease)
-        tail = await self._call(partial(container.logs, tail=TAIL_LINES, timestamps=False), "cannot read the logs")
-        if tail and tail_bytes > 0:
-            yield bytes(tail[-tail_bytes:])
-        if not follow:
-            return
-        stream = await self._call(partial(container.logs, stream=True, follow=True, tail=0), "cannot read the logs")
-        try:
-            while (chunk := await self._call(partial(next, stream, None), "cannot read the logs")) is not None:
-                yield bytes(chunk)
-        finally:
-            stream.close()
-
-    def exec(self, lease: str, command: tuple[str, ...]) -> AbstractAsyncContextManager[ExecSession]:
-        """Run a command inside; its streams close when the context is left, the engine ends it with the lease."""
-        return self._exec(lease, command)
-
-    @asynccontextmanager
-    async def _exec(self, lease: str, command: tuple[str, ...]) -> AsyncIterator[ExecSession]:
-        container, api = await self._one(lease), self._client.api
-        create = partial(api.exec_create, container.id, list(command), stdin=True)
-        exec_id = (await self._call(create, "cannot run the command"))["Id"]
-        stream = await self._call(partial(api.exec_start, exec_id, socket=True), "cannot run the command")
-        try:
-            yield DockerExec(self, exec_id, stream)
-        finally:
-            stream.close()
+        found = await self._engine.call(self._find, "cannot look")
+        return sorted((status_of(container) for container in found), key=lambda status: status.lease)
 
     async def _one(self, lease: str) -> Any:
-        found = await self._call(partial(self._find, lease), "cannot look")
+        found = await self._engine.call(partial(self._find, lease), "cannot look", LOOK_TIMEOUT_S)
         if not found:
             raise ContainerError(f"lease {lease[:8]} is not here")
         return found[0]
 
-    async def _call(self, function: Callable[[], T], what: str) -> T:
-        """In a thread; every failure of the engine becomes a ContainerError that begins with `what`."""
+    # ── the end ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def wait(self, lease: str) -> int:
+        """Exit code; ContainerError if there is no such container, it was removed, or the engine is away for 120 s.
+
+        A container that ended together with its engine is started again. One whose files outgrow its disk is killed.
+        """
+        measure_at = trio.current_time() + DISK_POLL_S
+        while True:
+            status, was_away = await self._status_patiently(lease)
+            if status is None:
+                raise ContainerError(f"lease {lease[:8]} is not here")
+            if status.exit_code is not None:
+                if not was_away:
+                    await trio.sleep(EXIT_CONFIRM_S)
+                    status, was_away = await self._status_patiently(lease)
+                if status is not None and status.exit_code is not None:
+                    if not was_away:
+                        return status.exit_code
+                    log.warning("container %s ended with its engine; starting it again", lease[:8])
+                    await self._engine.call((await self._one(lease)).start, "start-failed")
+            if trio.current_time() >= measure_at:
+                await self._kill_if_too_large(lease)
+                measure_at = trio.current_time() + DISK_POLL_S
+            await trio.sleep(POLL_S)
+
+    async def _status_patiently(self, lease: str) -> tuple[ContainerStatus | None, bool]:
+        """Its status, and whether the engine was away before it answered."""
+        away_until = trio.current_time() + AWAY_S
+        was_away = False
+        while True:
+            try:
+                return await self.status(lease), was_away
+            except ContainerError as error:
+                if trio.current_time() >= away_until:
+                    raise
+                if not was_away:
+                    log.warning("waiting for the Docker engine: %s", error.message)
+                was_away = True
+            await trio.sleep(POLL_S)
+
+    async def _kill_if_too_large(self, lease: str) -> None:
         try:
-            return await trio.to_thread.run_sync(function, abandon_on_cancel=True, limiter=self._threads)
-        except (DockerException, RequestException, OSError) as error:
-            raise ContainerError(f"{what}: {_why(error)}") from error
+            await self._engine.call(partial(self._measure, lease), "cannot measure the disk")
+        except ContainerError as error:
+            log.warning("container %s: %s", lease[:8], error.message)
 
-    async def exit_code(self, exec_id: str) -> int | None:
-        """Exit code of an ended command; None while it runs."""
-        told = await self._call(partial(self._client.api.exec_inspect, exec_id), "cannot look at the command")
-        return None if told.get("Running") else int(told.get("ExitCode") or 0)
+    def _measure(self, lease: str) -> None:
+        for container in self._find(lease):
+            limit_mb = int(container.labels.get(DISK_LABEL) or 0)
+            if not limit_mb:
+                return
+            (told,) = self._client.api.containers(all=True, size=True, filters={"id": container.id})
+            if told.get("SizeRw", 0) > limit_mb << 20:
+                log.warning("container %s has written more than %d MB; killing it", lease[:8], limit_mb)
+                container.kill()
 
-    async def next_frame(self, frames: Iterator[tuple[int, bytes]]) -> tuple[int, bytes] | None:
-        """The next piece of a command's output; None at its end."""
-        return await self._call(partial(next, frames, None), "cannot read the command's output")
+    # ── streams ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def send(self, stream: Any, data: bytes) -> None:
-        """To a command's standard input."""
-        await self._call(partial(getattr(stream, "_sock", stream).sendall, data), "the command has ended")
+    async def logs(self, lease: str, *, follow: bool, tail_bytes: int) -> AsyncIterator[bytes]:
+        """Output and errors in one stream, from at most `tail_bytes` and 5,000 lines back."""
+        with self._stream(lease):
+            container = await self._one(lease)
+            async with aclosing(read_logs(self._engine, container, follow=follow, tail_bytes=tail_bytes)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
 
+    def exec(self, lease: str, command: tuple[str, ...]) -> AbstractAsyncContextManager[ExecSession]:
+        """Run a command inside; it and its children are killed when the context is left (if the image has a shell)."""
+        return self._exec(lease, command)
 
-class DockerExec:
-    """A command that runs inside a container."""
+    @asynccontextmanager
+    async def _exec(self, lease: str, command: tuple[str, ...]) -> AsyncIterator[ExecSession]:
+        with self._stream(lease):
+            session = await start_exec(self._engine, await self._one(lease), command)
+            try:
+                yield session
+            finally:
+                with trio.move_on_after(KILL_TIMEOUT_S, shield=True):
+                    await session.end()
 
-    def __init__(self, runtime: DockerRuntime, exec_id: str, stream: Any) -> None:
-        self._runtime = runtime
-        self._exec_id = exec_id
-        self._stream = stream
-
-    async def send(self, data: bytes) -> None:
-        """Standard input; ContainerError once the command has ended."""
-        await self._runtime.send(self._stream, data)
-
-    async def send_eof(self) -> None:
-        """Close standard input."""
-        with contextlib.suppress(OSError):
-            getattr(self._stream, "_sock", self._stream).shutdown(1)
-
-    async def output(self) -> AsyncIterator[tuple[int, bytes]]:
-        """(1, stdout bytes) and (2, stderr bytes) until both are closed."""
-        frames = frames_iter(self._stream, tty=False)
-        while (frame := await self._runtime.next_frame(frames)) is not None:
-            yield int(frame[0]), bytes(frame[1])
-
-    async def exit_code(self) -> int:
-        """Wait for the end."""
-        while (code := await self._runtime.exit_code(self._exec_id)) is None:  # noqa: ASYNC110  (asks the engine)
-            await trio.sleep(POLL_S / 5)
-        return code
-
-
-def _arguments(spec: ContainerSpec, node_id: str, *, read_only: bool) -> dict[str, Any]:
-    """What `containers.create` gets besides the image and the disk's limit."""
-    arguments: dict[str, Any] = {
-        "command": list(spec.command) or None,
-        "name": f"kaisar-{node_id[:8]}-{spec.lease[:16]}",
-        "labels": {LEASE_LABEL: spec.lease, NODE_LABEL: node_id},
-        "environment": dict(spec.environment) | {"KAISAR_LEASE": spec.lease},
-        "ports": {f"{port}/tcp": (HOST, None) for port in spec.ports},
-        "mem_limit": f"{max(spec.memory_mb, 16)}m",
-        "memswap_limit": f"{max(spec.memory_mb, 16)}m",
-        "nano_cpus": max(1, spec.cpu_cores) * 10**9,
-        "pids_limit": MAX_PROCESSES,
-        "cap_drop": ["ALL"],
-        "cap_add": CAPABILITIES,
-        "security_opt": ["no-new-privileges"],
-        "log_config": LOGS,
-        "init": True,
-        "detach": True,
-    }
-    if read_only:
-        arguments |= {"read_only": True, "tmpfs": {path: f"size={max(16, spec.disk_mb)}m" for path in ("/tmp", "/run")}}
-    if spec.gpus:
-        arguments["device_requests"] = [DeviceRequest(count=spec.gpus, capabilities=[["gpu"]])]
-    return arguments
+    @contextlib.contextmanager
+    def _stream(self, lease: str) -> Iterator[None]:
+        if self._streams[lease] >= MAX_STREAMS:
+            raise ContainerError(f"lease {lease[:8]} has {MAX_STREAMS} logs and commands open", hint="close some")
+        self._streams[lease] += 1
+        try:
+            yield
+        finally:
+            self._streams[lease] -= 1
+            if not self._streams[lease]:
+                del self._streams[lease]
 
 
-def _status(container: Any) -> ContainerStatus:
-    state = container.attrs.get("State", {})
-    phase = _PHASES.get(state.get("Status", ""), "exited")
-    code = int(state.get("ExitCode", 255)) if phase == "exited" else None
-    ports = []
-    for name, bindings in ((container.attrs.get("NetworkSettings") or {}).get("Ports") or {}).items():
-        if bindings:
-            ports.append((int(name.partition("/")[0]), (HOST, int(bindings[0]["HostPort"]))))
-    return ContainerStatus(container.labels.get(LEASE_LABEL, ""), phase, code, tuple(sorted(ports)))
-
-
-def _why(error: Exception) -> str:
-    return str(getattr(error, "explanation", None) or error).strip()[:200]
+@contextlib.contextmanager
+def _gone_is_fine() -> Iterator[None]:
+    """Removed, or being removed by somebody else."""
+    try:
+        yield
+    except APIError as error:
+        if error.status_code not in (404, 409):
+            raise

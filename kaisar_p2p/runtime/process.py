@@ -3,7 +3,8 @@
 The program can read whatever the node's user can read, and reach whatever this machine can reach. What there is: a
 directory, a session and an environment of its own, limits (memory, disk, processes, files), bounded logs, and a keeper
 (`shim.py`) that outlives the node. Ports: the program must listen on ``127.0.0.1`` at the port that stands in
-``KAISAR_PORT_<n>`` (also ``PORT_<n>``, and ``PORT`` for the first); ``{port:<n>}`` in its command is replaced by it.
+``KAISAR_PORT_<n>`` (also ``PORT_<n>``, and ``PORT`` for the first); ``{port:<n>}`` in its command is replaced by it,
+and ``{host}`` by the address.
 
 ::
 
@@ -320,7 +321,7 @@ def _free_ports(ports: tuple[int, ...]) -> dict[int, int]:
 
 def _with_python(part: str) -> str:
     """`{python}` is this interpreter, so that templates run wherever the node itself does."""
-    return part.replace("{python}", sys.executable)
+    return part.replace("{python}", sys.executable).replace("{host}", HOST)
 
 
 def _port_of(ports: dict[int, int], match: re.Match[str]) -> str:

@@ -15,8 +15,8 @@ from node.settings import closest
 class Template:
     """A workload with sensible resources. `image` is empty for a bare command, which only the process runtime runs.
 
-    In `command`, the worker's runtime puts its Python interpreter for `{python}`, and for `{port:8080}` the port on
-    which the program has to listen for its port 8080 to be reached.
+    In `command`, the worker's runtime puts its Python interpreter for `{python}`, and for `{host}` and `{port:8080}`
+    the address and the port on which the program has to listen for its port 8080 to be reached.
     """
 
     name: str

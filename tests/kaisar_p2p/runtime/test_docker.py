@@ -6,6 +6,7 @@ import logging
 import socket
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,15 +59,20 @@ class FakeContainer:
             raise NotFound("gone")
         self.engine.here.remove(self)
 
-    def logs(self, **options: Any) -> Any:
-        if options.get("stream"):
-            return FakeStream(iter([b"more\n", b"end\n"]))
-        return b"one\ntwo\n"
+    def logs(self, tail: int, **options: Any) -> Any:
+        assert options.pop("timestamps")
+        if not options.get("stream"):
+            return b"T2 two\n"
+        lines = [b"T1 one\n", b"T2 two\n"][-tail or 2 :]
+        return FakeStream(iter(lines + [b"T3 more\n", b"T4 end\n"] * options["follow"]))
 
 
 class FakeStream:
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self.chunks, self.closed = chunks, False
+
+    def __iter__(self) -> FakeStream:
+        return self
 
     def __next__(self) -> bytes:
         return next(self.chunks)
@@ -84,13 +90,19 @@ class FakeEngine:
         self.local = {IMAGE}
         self.remote = {"busybox:latest"}
         self.pulled: list[str] = []
+        self.layer_bytes = 1
         self.start_fault = ""
         self.no_quota = True
         self.image_labels: dict[str, str] = {}
-        self.images = SimpleNamespace(get=self._get, pull=self._pull)
+        self.network_options: dict[str, dict[str, str]] = {}
+        self.images = SimpleNamespace(get=self._get)
+        self.networks = SimpleNamespace(get=self._get_network, create=self._create_network)
         self.containers = SimpleNamespace(list=self._list, create=self._create)
         self.api = SimpleNamespace(
-            exec_create=self._exec_create, exec_start=self._exec_start, exec_inspect=self._exec_inspect
+            exec_create=self._exec_create,
+            exec_start=self._exec_start,
+            exec_inspect=self._exec_inspect,
+            pull=self._pull,
         )
         self.exec_running = 1
 
@@ -99,13 +111,24 @@ class FakeEngine:
             raise ImageNotFound("no such image")
         return SimpleNamespace(labels=self.image_labels)
 
-    def _pull(self, name: str, tag: str | None = None) -> Any:
-        full = f"{name}:{tag}" if tag else name
-        self.pulled.append(full)
-        if full not in self.remote:
+    def _get_network(self, name: str) -> None:
+        if name not in self.network_options:
+            raise NotFound("no such network")
+
+    def _create_network(self, name: str, driver: str, options: dict[str, str], check_duplicate: bool) -> None:
+        assert driver == "bridge"
+        assert check_duplicate
+        self.network_options[name] = options
+
+    def _pull(self, name: str, tag: str, stream: bool, decode: bool, auth_config: dict[str, str]) -> Any:
+        assert stream
+        assert decode
+        assert auth_config == {}  # none of the operator's
+        self.pulled.append(f"{name}:{tag}")
+        if self.pulled[-1] not in self.remote:
             raise NotFound("pull access denied")
+        yield {"status": "Downloading", "id": "layer", "progressDetail": {"total": self.layer_bytes}}
         self.local.add(name)
-        return SimpleNamespace(labels=self.image_labels)
 
     def _create(self, image: str, **options: Any) -> FakeContainer:
         if self.no_quota and "storage_opt" in options:
@@ -124,8 +147,9 @@ class FakeEngine:
 
         return [each for each in self.here if all_of(has(each.labels, wanted) for wanted in filters["label"])]
 
-    def _exec_create(self, container: str, command: list[str], stdin: bool) -> dict[str, str]:
+    def _exec_create(self, container: str, command: list[str], stdin: bool, environment: list[str]) -> dict[str, str]:
         assert stdin
+        assert environment[0].startswith("KAISAR_EXEC=")
         return {"Id": " ".join(command)}
 
     def _exec_start(self, exec_id: str, socket: bool) -> Any:
@@ -168,7 +192,9 @@ async def test_a_container_is_limited_labelled_and_reached_on_loopback(
     assert status.address(80) == ("127.0.0.1", 32768)
     assert status.address(443) == ("127.0.0.1", 32769)
     options = engine.here[0].options
-    assert options["labels"] == {"kaisar.lease": LEASE, "kaisar.node": NODE}
+    assert options["labels"] == {
+        "kaisar.lease": LEASE, "kaisar.node": NODE, "kaisar.gpus": "0", "kaisar.disk-mb": "1024"
+    }  # fmt: skip
     assert options["ports"] == {"80/tcp": ("127.0.0.1", None), "443/tcp": ("127.0.0.1", None)}
     assert (options["mem_limit"], options["memswap_limit"]) == ("512m", "512m")
     assert options["nano_cpus"] == 2 * 10**9
@@ -176,7 +202,10 @@ async def test_a_container_is_limited_labelled_and_reached_on_loopback(
     assert options["cap_drop"] == ["ALL"]
     assert options["security_opt"] == ["no-new-privileges"]
     assert options["environment"]["A"] == "b"
-    assert options["device_requests"][0]["Count"] == 1
+    assert options["device_requests"][0]["DeviceIDs"] == ["0"]
+    assert options["network"] == "kaisar"
+    assert engine.network_options == {"kaisar": {"com.docker.network.bridge.enable_icc": "false"}}
+    assert options["use_config_proxy"] is False
     assert not options.get("privileged")
     assert not options.get("volumes")
     assert not options.get("network_mode")
@@ -215,6 +244,34 @@ async def test_an_image_that_is_not_here_is_pulled(engine: FakeEngine, runtime: 
     with pytest.raises(ContainerError, match=r"^image-not-found: "):
         await runtime.start(spec(lease="cd" * 32, image=""))
     assert len(engine.here) == 1
+
+
+async def test_an_image_that_is_too_large_is_not_pulled(engine: FakeEngine, runtime: DockerRuntime) -> None:
+    engine.layer_bytes = 1 << 50
+    with pytest.raises(ContainerError, match=r"^start-failed: busybox is larger than 64 GiB"):
+        await runtime.start(spec(image="busybox"))
+    assert engine.made == []
+
+
+async def test_no_two_leases_share_a_gpu(engine: FakeEngine, runtime: DockerRuntime) -> None:
+    leases = [f"{n:02x}" * 32 for n in range(4)]
+    for lease, gpus in zip(leases, (1, 2, 0, 1), strict=True):
+        await runtime.start(spec(lease=lease, gpus=gpus))
+    assert [each.labels["kaisar.gpus"] for each in engine.made] == ["0", "1,2", "", "3"]
+    await runtime.stop(leases[1], 0)
+    await runtime.start(spec(lease="ff" * 32, gpus=3))
+    assert engine.made[-1].options["device_requests"][0]["DeviceIDs"] == ["1", "2", "4"]
+
+
+async def test_a_command_is_filled_in_and_told_where_to_listen(engine: FakeEngine, runtime: DockerRuntime) -> None:
+    command = ("{python}", "--bind={host}", "{port:80}", "{port:81}:{other}")
+    await runtime.start(replace(spec(), command=command, environment=(("PORT", "9"), ("KAISAR_HOST", "x"))))
+    options = engine.made[0].options
+    assert options["command"] == ["python3", "--bind=0.0.0.0", "80", "81:{other}"]
+    assert options["environment"] == {
+        "PORT": "9", "PORT_80": "80", "PORT_443": "443", "KAISAR_PORT_80": "80", "KAISAR_PORT_443": "443",
+        "KAISAR_HOST": "0.0.0.0", "KAISAR_LEASE": LEASE,
+    }  # fmt: skip
 
 
 async def test_a_failed_start_removes_the_container(engine: FakeEngine, runtime: DockerRuntime) -> None:
