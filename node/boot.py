@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import trio
 
-from kaisar_p2p.errors import ConfigError, KaisarError
+from kaisar_p2p.errors import ConfigError, DecodeError, KaisarError, StoreError
 from kaisar_p2p.hardware.probe import Machine as Hardware
 from kaisar_p2p.hardware.probe import probe
 from kaisar_p2p.hardware.prove import select_backend
@@ -189,6 +189,7 @@ def _machines(node: Node, hardware: Hardware | None) -> tuple[list[Machine], Reg
         store=node.store,
         entropy=secrets.token_bytes,
         runtime=node.runtime.name if node.runtime is not None else "",
+        max_leases=node.config.provider.max_leases,
         wrong_tiles=_fault("wrong_tiles"),
     )
     mask = roles_mask(roles)
@@ -206,9 +207,14 @@ def _machines(node: Node, hardware: Hardware | None) -> tuple[list[Machine], Reg
         node.lease_client,
         node.tunnels,
     ]
-    for role in roles:
-        machines += ROLES[role].machines(context)
-    machines += ROLES["everybody"].machines(context)
+    for role in (*roles, "everybody"):
+        try:
+            machines += ROLES[role].machines(context)
+        except DecodeError as error:
+            raise StoreError(
+                f"what the {role} role has stored cannot be read: {error.message}",
+                hint="another version of kaisar wrote node.sqlite: use that one, or move the file away",
+            ) from error
     registration = Registration(spec, hardware) if spec is not None and hardware is not None else None
     return machines, registration, onboarding
 

@@ -215,14 +215,18 @@ def _without(spec: Spec, taken: list[Spec]) -> Spec:
 
 
 class OfferMachine:
-    """Answers offer requests of a worker; `runtime` is "docker" or "process"."""
+    """Answers offer requests of a worker.
+
+    `runtime` is "docker" or "process"; `max_leases` is what the owner allows at a time, within the network's bound.
+    """
 
     deadline: float | None = None
 
-    def __init__(self, keys: KeyPair, holds: Holds, *, runtime: str) -> None:
+    def __init__(self, keys: KeyPair, holds: Holds, *, runtime: str, max_leases: int) -> None:
         self._keys = keys
         self._holds = holds
         self._runtime = runtime
+        self._max_leases = max_leases
         self._state: State | None = None
 
     def step(self, event: Event, now: float) -> list[Action]:
@@ -281,7 +285,8 @@ class OfferMachine:
         free = self._holds.free(state, key)
         if free is None or not asked.cpu_cores or not asked.memory_mb or not fits(asked, free):
             return NO_CAPACITY, ""
-        if not self._holds.has_room or len(state.open_orders.get(key, ())) >= state.params.max_open_orders:
+        leases = len(state.open_orders.get(key, ()))
+        if not self._holds.has_room or leases >= min(self._max_leases, state.params.max_open_orders):
             return BUSY, ""
         return None
 

@@ -33,6 +33,7 @@ class RoleContext:
     store: NodeStore
     entropy: Callable[[int], bytes]
     runtime: str
+    max_leases: int
     wrong_tiles: int = 0
 
 

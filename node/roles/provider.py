@@ -17,7 +17,7 @@ def machines(context: RoleContext) -> list[Machine]:
     holds, store = Holds(), context.store
     return [
         WorkerCheckMachine(context.keys, WorkerFaults(wrong_tiles=context.wrong_tiles)),
-        OfferMachine(context.keys, holds, runtime=context.runtime),
+        OfferMachine(context.keys, holds, runtime=context.runtime, max_leases=context.max_leases),
         LeaseWorkerMachine(context.keys, context.network, holds, store.items("lease"), store.items("workload")),
     ]
 

@@ -229,10 +229,10 @@ def test_the_total_is_what_the_ledger_asks_for(price: int, duration_s: int) -> N
 class Desk:
     """An offer machine with its holds, and a client that asks."""
 
-    def __init__(self, state: State | None = None, *, runtime: str = "process") -> None:
+    def __init__(self, state: State | None = None, *, runtime: str = "process", max_leases: int = 8) -> None:
         self.state = state or state_of()
         self.holds = Holds()
-        self.machine = OfferMachine(WORKER, self.holds, runtime=runtime)
+        self.machine = OfferMachine(WORKER, self.holds, runtime=runtime, max_leases=max_leases)
         self.machine.step(BlockApplied(self.state, ()), NOW)
         self.number = 0
 
@@ -324,7 +324,7 @@ def test_a_worker_that_is_not_certified_offers_nothing() -> None:
         state = state_of({WORKER.public_key: WorkerState(OWNER, SPEC, CHEAP, 1, status, 0)})
         desk = Desk(state)
         assert code_of(desk.ask(desk.request())) == NOT_ACTIVE
-    fresh = OfferMachine(WORKER, Holds(), runtime="process")
+    fresh = OfferMachine(WORKER, Holds(), runtime="process", max_leases=8)
     reply = fresh.step(Incoming(1, CLIENT.public_key, OFFER_PROTOCOL, b"", NOW), NOW)[0]
     assert isinstance(reply, Reply)
     assert code_of(reply.payload) == NOT_ACTIVE
@@ -385,20 +385,38 @@ def test_asking_for_nothing_keeps_nobody_out() -> None:
             decode_offer(desk.ask(desk.request(resources={"cpu_cores": 1}, **asked), keys=other, now=NOW + second))
 
 
-def test_open_orders_take_capacity_and_a_taken_offer_counts_once() -> None:
-    desk = Desk()
-    request = desk.request(resources={"cpu_cores": 2})
-    offer = decode_offer(desk.ask(request))
+def with_order(state: State, request: OfferRequest, offer: Offer) -> State:
     order = OrderState(
         OWNER, CLIENT.public_key, WORKER.public_key, OWNER, offer.spec_hash, request.spec.resources, bytes(32),
         CHEAP, 60, 0, 0, 0, 9, int(NOW * 1000), (), 0,
     )  # fmt: skip
-    state = replace(
-        desk.state,
+    return replace(
+        state,
         orders=Map({b"o" * 32: order}),
         open_orders=Map({WORKER.public_key: (b"o" * 32,)}),
         used_offers=Map({WORKER.public_key + offer.nonce: offer.valid_until_ms}),
     )
+
+
+@pytest.mark.parametrize(("max_leases", "makes_an_offer"), [(1, False), (2, True)])
+def test_the_owner_limits_the_leases_of_its_machine(max_leases: int, makes_an_offer: bool) -> None:
+    first = Desk()
+    request = first.request()
+    state = with_order(first.state, request, decode_offer(first.ask(request)))
+    desk = Desk(state, max_leases=max_leases)
+    answer = desk.ask(desk.request(nonce=b"n" * 32))
+    if makes_an_offer:
+        assert decode_offer(answer).nonce == b"n" * 32
+    else:
+        assert code_of(answer) == BUSY
+
+
+def test_open_orders_take_capacity_and_a_taken_offer_counts_once() -> None:
+    desk = Desk()
+    request = desk.request(resources={"cpu_cores": 2})
+    offer = decode_offer(desk.ask(request))
+    state = with_order(desk.state, request, offer)
+    order = state.orders[b"o" * 32]
     desk.machine.step(BlockApplied(state, ()), NOW)
     free = desk.holds.free(state, WORKER.public_key)
     assert free is not None

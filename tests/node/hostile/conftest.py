@@ -416,7 +416,7 @@ def machines(world: World, tmp_path: Path) -> Iterator[list[Machine]]:
 
     store = NodeStore(tmp_path / "machines.sqlite")
     owner = account_of("checker 0")
-    context = RoleContext(world.victim, owner, NETWORK, store, lambda n: bytes(n), "process")
+    context = RoleContext(world.victim, owner, NETWORK, store, lambda n: bytes(n), "process", 8)
     built = Machines(
         [
             Index(),

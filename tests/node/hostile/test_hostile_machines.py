@@ -181,7 +181,7 @@ def test_a_true_ticket_with_another_workload_starts_nothing(machines: list[Any],
 
 def test_a_flood_of_offers_is_bounded_and_others_still_get_one(world: Any) -> None:
     holds = Holds()
-    machine = OfferMachine(world.victim, holds, runtime="process")
+    machine = OfferMachine(world.victim, holds, runtime="process", max_leases=8)
     machine.step(do.BlockApplied(world.state, ()), world.now)
     whole = replace(world.state.workers[world.victim.public_key].spec, cpu_cores=7, memory_mb=1, disk_mb=0)
 
@@ -209,7 +209,7 @@ def test_a_flood_of_offers_is_bounded_and_others_still_get_one(world: Any) -> No
 
 def test_a_repeated_request_gets_the_same_offer(world: Any) -> None:
     holds = Holds()
-    machine = OfferMachine(world.victim, holds, runtime="process")
+    machine = OfferMachine(world.victim, holds, runtime="process", max_leases=8)
     machine.step(do.BlockApplied(world.state, ()), world.now)
     spec = order_spec(world.state.orders[world.order_id].resources, 60, WORKLOAD, world.network)
     request = OfferRequest(world.bound.public_key, spec, WORKLOAD, bytes(32))

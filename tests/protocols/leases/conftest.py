@@ -151,7 +151,7 @@ class World:
 
     def _worker_machines(self, peer: Peer) -> list[Machine]:
         leases = LeaseWorkerMachine(WORKER, NETWORK, self.holds, peer.stored("lease"), peer.stored("workload"))
-        return [OfferMachine(WORKER, self.holds, runtime="process"), leases]
+        return [OfferMachine(WORKER, self.holds, runtime="process", max_leases=8), leases]
 
     def _seat_machines(self, peer: Peer) -> list[Machine]:
         counter = itertools.count()
