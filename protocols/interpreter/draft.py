@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kaisar_p2p.errors import KaisarError
+from protocols.committees import check_committee
 from protocols.interpreter.events import LedgerEvent
 from protocols.interpreter.state import AccountState, MachineState, State, Totals, WorkerState
+from protocols.quorum import Committee
 
 _NEW_ACCOUNT = AccountState()
 
@@ -40,6 +42,13 @@ class Draft:
         self.treasury_planck = base.totals.treasury_planck
         self.burnt_planck = base.totals.burnt_planck
         self.reward_pool_planck = base.totals.reward_pool_planck
+        self._committees: dict[tuple[int, bytes], Committee | None] = {}
+
+    def check_committee(self, slot: int, worker: bytes) -> Committee | None:
+        """As `committees.check_committee`, drawn once in a block: calls that name it cost nothing to whoever sends."""
+        if (slot, worker) not in self._committees:
+            self._committees[slot, worker] = check_committee(self.base, slot, worker)
+        return self._committees[slot, worker]
 
     def account(self, key: bytes) -> AccountState:
         """The account, or an empty one."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from kaisar_p2p.wire.crypto import verify
 from protocols.adverts import GPU_CLASS, MOBILE_CLASS, Spec
-from protocols.committees import check_committee, verify_certificate
+from protocols.committees import verify_certificate
 from protocols.interpreter.calls import (
     BIND_DOMAIN,
     CHECKER,
@@ -95,7 +95,7 @@ def activate(draft: Draft, call: WorkerActivate) -> bytes:
 def _require_quorum(draft: Draft, core: VerdictCore, certificate: QuorumCertificate) -> None:
     if core.epoch != draft.params.epoch_of_slot(core.slot):
         raise Refused("the slot is not of that epoch")
-    committee = check_committee(draft.base, core.slot, core.worker)
+    committee = draft.check_committee(core.slot, core.worker)
     if committee is None:
         raise Refused("the slot's committee is not known")
     if not verify_certificate(certificate, committee, draft.network):
