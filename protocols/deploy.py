@@ -45,7 +45,7 @@ REASONS = {
     "settled": "the ledger closed the order",
     "no-ticket": "no quorum authorised the order in time",
     "deploy-timeout": "the committee could not reach the container in time",
-    "worker-lost": "the committee saw the lease down for several windows in a row",
+    "worker-lost": "the committee did not reach the lease for several windows in a row",
 }
 """Every reason in a lease event or a client's note. A runtime's error may begin with one of them and a colon."""
 LEASE_BYTES_MAX = 8_192
