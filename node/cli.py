@@ -96,6 +96,11 @@ def main() -> None:
     except KeyboardInterrupt:
         say("interrupted")
         sys.exit(INTERRUPTED)
+    except OSError as error:  # of standard output: a full disk, a closed pipe
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        print_error(f"the system refuses: {error}", "check free space and rights")
+        sys.exit(FAILED)
     except Exception as error:  # the edge of the program
         if os.environ.get(DEBUG_VARIABLE):
             raise

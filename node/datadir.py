@@ -41,8 +41,9 @@ def create_data_directory(path: Path) -> None:
         with contextlib.suppress(FileExistsError):
             path.mkdir(mode=DIRECTORY_MODE)
     except OSError as error:
+        cause = f"{path.parent} is not a directory" if isinstance(error, FileExistsError) else error.strerror
         raise DataDirectoryError(
-            f"{path} cannot be created: {error.strerror}", hint="check the rights of its parent, or pass --data-dir"
+            f"{path} cannot be created: {cause}", hint="check the rights of its parent, or choose another directory"
         ) from None
     check_data_directory(path)
 
@@ -85,8 +86,7 @@ def lock_data_directory(path: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise _in_use(path, _read_pid(descriptor)) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
+        _write_pid(descriptor, path)
         try:
             yield
         finally:
@@ -104,6 +104,14 @@ def _open_lock_file(path: Path) -> int:
         raise DataDirectoryError(
             f"{path} cannot be opened: {error.strerror}", hint="check that the data directory exists and is yours"
         ) from None
+
+
+def _write_pid(descriptor: int, path: Path) -> None:
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
+    except OSError as error:
+        raise DataDirectoryError(f"{path} cannot be written: {error.strerror}", hint="free some space") from None
 
 
 def _read_pid(descriptor: int) -> int | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,7 +55,46 @@ def initialise(plan: Plan, *, time_ms: int) -> Made:
     _check_empty(directory)
     given = _given_genesis(plan)
     config = Config(directory).with_settings(_settings(plan))
+    with _all_or_nothing(directory):
+        return _make(plan, config, given, time_ms)
+
+
+@contextlib.contextmanager
+def _all_or_nothing(directory: Path) -> Iterator[None]:
+    """What an error leaves half made is removed; a directory that was there, and empty, stays.
+
+    The directory is locked meanwhile: another `kaisar init` must not take part of this one for its own.
+    """
+    there = directory.exists()
     create_data_directory(directory)
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataDirectoryError(f"another process works on {directory}", hint="wait until it is done") from None
+        _check_empty(directory)
+        try:
+            yield
+        except BaseException:
+            _empty(directory)
+            if not there:
+                directory.rmdir()
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _empty(directory: Path) -> None:
+    for path in directory.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _make(plan: Plan, config: Config, given: bytes | None, time_ms: int) -> Made:
+    directory = plan.data_directory
     keystore = Keystore(config.keys_path)
     wallet, phrase = keystore.create_wallet(config.node.wallet, plan.scheme, plan.passphrase)
     machine = keystore.create_machine_key(plan.passphrase)

@@ -22,6 +22,7 @@ Directory = Annotated[
     typer.Option(
         "--directory",
         metavar="DIR",
+        readable=False,
         help="Where the swarm lives; default: kaisar/testnet/<network> below XDG's state directory.",
         show_default=False,
     ),

@@ -189,6 +189,7 @@ class EmbeddedLedger:
     async def run(self, *, seal: bool, poll_s: float, now_ms: NowMs) -> None:
         """Watch for new blocks, seal the next one when due and nobody else has; ends only if the file is corrupt."""
         stagger_s = _stagger_s(self.parameters.block_time_ms)
+        told = ""
         while True:
             try:
                 self._look()
@@ -196,6 +197,9 @@ class EmbeddedLedger:
                 if due_in_s <= 0:
                     await self._write(partial(self._writes.seal, self._head, now_ms()))
                     self._look()
+                    if told:
+                        log.info("blocks are made again")
+                    told = ""
                 else:
                     await trio.sleep(min(due_in_s, poll_s))
             except LedgerCorrupt as error:
@@ -204,7 +208,9 @@ class EmbeddedLedger:
                 self._notify()
                 return
             except LedgerError as error:
-                log.warning("no new block: %s", error)
+                if str(error) != told:  # not once a second, as long as the disk is full
+                    log.warning("no new block: %s", error)
+                told = str(error)
                 await trio.sleep(RETRY_S)
 
     def _look(self) -> None:

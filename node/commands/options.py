@@ -20,6 +20,7 @@ DataDir = Annotated[
     typer.Option(
         "--data-dir",
         metavar="DIR",
+        readable=False,  # whether it can be used is checked, and told, with its own exit code
         help="Data directory of the node; default: KAISAR_HOME, else XDG's data home.",
         show_default=False,
     ),
@@ -31,6 +32,7 @@ PassphraseFile = Annotated[
     typer.Option(
         "--passphrase-file",
         metavar="FILE",
+        readable=False,
         help="Read the passphrase from a file instead of asking for it.",
         show_default=False,
     ),

@@ -41,7 +41,7 @@ def export(
 
 @app.command()
 def verify(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file of `kaisar proof export`.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", readable=False, help="A file of `kaisar proof export`.")],
     header: Annotated[
         str | None,
         typer.Option(

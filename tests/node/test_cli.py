@@ -18,12 +18,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from kaisar_p2p.errors import DataDirectoryError, KaisarError, LedgerError, StoreError
+from kaisar_p2p.errors import ConfigError, DataDirectoryError, KaisarError, LedgerError, StoreError
 from kaisar_p2p.identity import Keystore
-from node import cli
+from node import cli, initialise
 from node.commands import run as run_module
 from node.commands.options import parse_hours_s, parse_kai, parse_size_mb, parse_variable
-from node.config import lock_data_directory
+from node.config import Config, lock_data_directory
 from protocols.params import KAI
 
 Invoke = Callable[..., Any]
@@ -122,6 +122,42 @@ def test_a_plan_that_cannot_work_leaves_nothing_behind(
     failed = kaisar("init", "--no-passphrase", *(each.format(tmp=tmp_path) for each in arguments))
     assert (failed.code, said in failed.err) == (code, True), failed.err
     assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_init_leaves_nothing_half_made(
+    kaisar: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    home = tmp_path / "home"
+    if there:
+        home.mkdir(mode=0o700)
+
+    def full(path: Path, config: object) -> None:
+        assert (home / "keys" / "machine.json").exists()
+        raise ConfigError(f"{path} cannot be written: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(initialise, "write_config", full)
+        assert kaisar("init", "--no-passphrase").code == 4
+    assert home.exists() == there
+    assert kaisar("init", "--no-passphrase").code == 0
+
+
+def test_two_inits_at_once_do_not_touch_each_other(
+    kaisar: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, results = initialise.write_config, []
+
+    def meanwhile(path: Path, config: Config) -> None:
+        monkeypatch.setattr(initialise, "write_config", write)
+        monkeypatch.setattr(initialise, "_check_empty", lambda directory: None)  # the other one looked before us
+        results.append(kaisar("init", "--no-passphrase"))
+        write(path, config)
+
+    monkeypatch.setattr(initialise, "write_config", meanwhile)
+    assert kaisar("init", "--no-passphrase").code == 0
+    assert (results[0].code, "another process works on" in results[0].err) == (4, True)
+    assert kaisar("wallet", "export", "main").code == 0
 
 
 def test_init_with_a_passphrase(kaisar: Invoke, tmp_path: Path) -> None:
@@ -274,6 +310,15 @@ def test_an_error_is_two_lines_and_no_traceback(tmp_path: Path) -> None:
     error, hint = failed.stderr.splitlines()
     assert error == f"error: no node answers for {tmp_path / 'none'}"
     assert hint.startswith("hint: make and start one: kaisar init")
+
+
+def test_output_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "node.cli", "order", "templates", "--json"]
+        run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert run.returncode == 1
+    assert "error: the system refuses: " in run.stderr and "No space left" in run.stderr
+    assert "Traceback" not in run.stderr and "mistake" not in run.stderr
 
 
 def test_a_traceback_is_shown_when_asked_for(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -173,6 +174,28 @@ def test_children_do_not_inherit_the_lock(directory: Path) -> None:
             pass
     finally:
         child.communicate(b"\n")
+
+
+def test_a_full_disk_is_told_and_leaves_no_lock(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with (
+            pytest.raises(DataDirectoryError, match="cannot be written: No space left"),
+            lock_data_directory(directory),
+        ):
+            pass
+    with lock_data_directory(directory):
+        pass
+
+
+def test_a_parent_that_is_a_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "data", tmp_path / "file" / "more" / "data"):
+        with pytest.raises(DataDirectoryError, match=r"cannot be created: .*ot a directory"):
+            create_data_directory(path)
 
 
 def test_a_lock_needs_a_directory(tmp_path: Path) -> None:

@@ -202,6 +202,29 @@ async def test_a_full_disk_refuses_loses_nothing_and_recovers(
     assert [call.call_hash for block in blocks for call in block.calls] == [receipt.call_hash for receipt in accepted]
 
 
+async def test_a_lasting_fault_is_logged_once(
+    ledger_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("kaisar_p2p.ledger.embedded.RETRY_S", 0.001)
+    caplog.set_level("INFO")
+    failed = 0
+    async with open_embedded(ledger_path, poll_s=POLL_S) as ledger:
+        seal = ledger._writes.seal
+
+        def full(*arguments: Any) -> Any:
+            nonlocal failed
+            failed += 1
+            if failed <= 20:
+                raise LedgerError("the disk is full")
+            return seal(*arguments)
+
+        monkeypatch.setattr(ledger._writes, "seal", full)
+        await take(ledger, (await ledger.finalized()).number + 5)
+    told = [record.message for record in caplog.records if record.name == "kaisar_p2p.ledger.embedded"]
+    assert failed > 20
+    assert told == ["no new block: the disk is full", "blocks are made again"]
+
+
 # --- simulated faults ---
 
 
