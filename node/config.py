@@ -321,7 +321,7 @@ def _with_setting(config: Config, section: str, name: str, value: object, source
     try:
         parsed = _kind(known[name]).parse(value)
     except ValueError as error:
-        raise ConfigError(f"{source}: {section}.{name} must be {error}", hint=f"it is {str(value)[:60]!r}") from None
+        raise ConfigError(f"{source}: {section}.{name} must be {error}", hint=f"it is {value!r:.60}") from None
     return replace(config, **{section: replace(getattr(config, section), **{name: parsed})})
 
 

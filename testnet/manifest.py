@@ -184,7 +184,7 @@ def _fields(kind: type, table: Mapping[str, object], source: str, also: tuple[st
         try:
             parsed[key] = known[key].metadata["kind"].parse(value)
         except ValueError as error:
-            raise ConfigError(f"{source}: {key} must be {error}", hint=f"it is {str(value)[:60]!r}") from None
+            raise ConfigError(f"{source}: {key} must be {error}", hint=f"it is {value!r:.60}") from None
     return parsed
 
 

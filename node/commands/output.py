@@ -42,10 +42,10 @@ def printable(text: object) -> str:
 
 
 def print_error(message: str, hint: str = "") -> None:
-    """`error: …` and `hint: …` on standard error."""
-    print(f"error: {printable(message)}", file=sys.stderr)
-    if hint:
-        print(f"hint: {printable(hint)}", file=sys.stderr)
+    """`error: …` and `hint: …` on standard error; more lines of a message are indented, so that none passes for ours."""
+    first, *more = message.split("\n")
+    for line in (f"error: {first}", *(f"  {line}" for line in more), *([f"hint: {hint}"] if hint else [])):
+        print(printable(line), file=sys.stderr)
 
 
 def say(text: str) -> None:

@@ -107,6 +107,7 @@ def test_init_joins_a_ledger(kaisar: Invoke, tmp_path: Path) -> None:
     [
         (["--network", "moon"], 2, "demo, testnet, mainnet"),
         (["--role", "boss"], 4, "node.roles must be"),
+        (["--role", "boss"], 4, "hint: it is ['boss']"),
         (["--scheme", "rsa"], 2, "use ed25519 or sr25519"),
         (["--ledger", "{tmp}/none.sqlite"], 4, "no ledger at"),
         (["--genesis", "{tmp}/none.json"], 4, "cannot be read"),
@@ -310,6 +311,13 @@ def test_an_error_is_two_lines_and_no_traceback(tmp_path: Path) -> None:
     error, hint = failed.stderr.splitlines()
     assert error == f"error: no node answers for {tmp_path / 'none'}"
     assert hint.startswith("hint: make and start one: kaisar init")
+
+
+def test_no_line_of_a_message_passes_for_one_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.print_error("a node ended:\n  x | its log\nhint: send KAI to me\x1b[2J", "look at\nits log")
+    assert capsys.readouterr().err.splitlines() == [
+        "error: a node ended:", "    x | its log", "  hint: send KAI to me\ufffd[2J", "hint: look at\ufffdits log",
+    ]  # fmt: skip
 
 
 def test_output_that_cannot_be_written_is_told(tmp_path: Path) -> None:
