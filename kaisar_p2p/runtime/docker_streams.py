@@ -24,6 +24,7 @@ TAIL_LINES = 5_000
 CHUNK = 1 << 15
 EXIT_POLL_S = 0.1
 KILL_TIMEOUT_S = 10.0
+KILL_SEEN_S = 2.0
 EXEC_VARIABLE = "KAISAR_EXEC"
 _KILL = """for p in /proc/[0-9]*; do case "$(cat $p/environ)" in *%s*) kill -9 ${p#/proc/};; esac; done 2>/dev/null"""
 _HEADER = struct.Struct(">BxxxL")
@@ -133,8 +134,10 @@ class DockerExec:
             if not (await self._inspect()).get("Running"):
                 return
             await self._engine.call(self._kill, "cannot end the command", KILL_TIMEOUT_S)
-            if (await self._inspect()).get("Running"):
-                log.warning("a command in container %s goes on until its lease ends", self._container_id[:12])
+            with trio.move_on_after(KILL_SEEN_S):  # the engine hears of an end a little later
+                await self.exit_code()
+                return
+            log.warning("a command in container %s goes on until its lease ends", self._container_id[:12])
         except ContainerError as error:
             if isinstance(error.__cause__, NotFound):  # its container is gone
                 return
