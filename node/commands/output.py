@@ -42,7 +42,7 @@ def printable(text: object) -> str:
 
 
 def print_error(message: str, hint: str = "") -> None:
-    """`error: …` and `hint: …` on standard error; more lines of a message are indented, so that none passes for ours."""
+    """`error: …` and `hint: …` on standard error; further lines of a message are indented: none passes for ours."""
     first, *more = message.split("\n")
     for line in (f"error: {first}", *(f"  {line}" for line in more), *([f"hint: {hint}"] if hint else [])):
         print(printable(line), file=sys.stderr)
