@@ -139,6 +139,8 @@ class NodeEffects:
             if queue is None:
                 raise trio.WouldBlock
             queue.send_nowait(action)
+        except trio.BrokenResourceError:
+            log.debug("not done: %s, the node is stopping and its workers have ended", type(action).__name__)
         except trio.WouldBlock:
             log.warning("dropped %s: no room, or this node has no such role", type(action).__name__)
             self.inbox.dropped[f"effect-{type(action).__name__.lower()}"] += 1

@@ -155,6 +155,16 @@ async def test_on_a_full_disk_nothing_is_done_until_there_is_room(
     assert caplog.text.count("disk is full") == 3
 
 
+async def test_a_step_that_ends_after_the_workers_does_not_break_the_end_of_the_node(make_effects: MakeEffects) -> None:
+    """While a node is cancelled, its workers may go before its driver has handed over what it decided last."""
+    effects = make_effects()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(effects.run)
+        nursery.cancel_scope.cancel()
+    await effects.perform([do.Publish("advert", b"x"), request("late")], 1.0)
+    assert not effects.inbox.dropped
+
+
 async def test_several_tasks_may_journal_at_the_same_time(make_effects: MakeEffects, tmp_path: Path) -> None:
     store = NodeStore(tmp_path / "node.sqlite")
     effects = make_effects(store=store)
