@@ -50,6 +50,17 @@ def may_be_checked(state: State, slot: int, key: bytes) -> bool:
     return worker.status == ACTIVE and not state.open_orders.get(key)
 
 
+def was_named(state: State, slot: int, key: bytes) -> bool:
+    """Whether the rule named the worker in `slot`, by a later state: as `due_check`, but whatever was leased then."""
+    beacon, worker = state.beacons.get(slot), state.workers.get(key)
+    first_block = slot * state.params.slot_blocks
+    if beacon is None or worker is None or worker.registered_block >= first_block:
+        return False
+    if worker.activated_block == 0 or worker.activated_block > first_block:
+        return _is_new(state, slot, worker) or wins_standby_draw(state, beacon, key)
+    return is_grand_slot(state, slot) or wins_standby_draw(state, beacon, key)
+
+
 def is_grand_slot(state: State, slot: int) -> bool:
     """Whether every unleased worker is checked in this slot at once: one card under two names cannot answer twice."""
     mix = state.mixes.get(state.params.epoch_of_slot(slot), b"")
@@ -64,13 +75,15 @@ def wins_standby_draw(state: State, beacon: bytes, worker: bytes) -> bool:
 
 
 def _reason(state: State, slot: int, beacon: bytes, key: bytes, worker: WorkerState) -> str | None:
-    params = state.params
     if not may_be_checked(state, slot, key):
         return None
     if worker.status == REGISTERED:
-        # A worker that failed for a whole epoch is tried at the standby rate, so that it cannot tire its committees.
-        age = slot - params.slot_of(worker.registered_block)
-        return REGISTRATION if age <= params.epoch_slots or wins_standby_draw(state, beacon, key) else None
+        return REGISTRATION if _is_new(state, slot, worker) or wins_standby_draw(state, beacon, key) else None
     if is_grand_slot(state, slot):
         return GRAND
     return STANDBY if wins_standby_draw(state, beacon, key) else None
+
+
+def _is_new(state: State, slot: int, worker: WorkerState) -> bool:
+    """A worker that failed for a whole epoch is tried at the standby rate, so that it cannot tire its committees."""
+    return slot - state.params.slot_of(worker.registered_block) <= state.params.epoch_slots

@@ -31,8 +31,9 @@ from protocols.interpreter.state import State
 from protocols.params import Params
 from protocols.popw import VERDICT_NAMES
 from protocols.quorum import Committee, QuorumCertificate, VerdictCore, WitnessCore
+from protocols.recheck import may_have_been_checked
 from protocols.rewards import cumulative_leaves, epoch_rewards
-from protocols.settlement import lease_leaf, needs_leaf, seen_windows, up_windows
+from protocols.settlement import is_watched, lease_leaf, needs_leaf, seen_windows, up_windows
 
 NO_HEADER = bytes(32)
 """`previous` of the first header of a network."""
@@ -94,12 +95,14 @@ def committee_of(state: State, certificate: QuorumCertificate) -> Committee | No
     if isinstance(core, VerdictCore):
         if core.epoch != state.params.epoch_of_slot(core.slot) or core.verdict not in VERDICT_NAMES:
             return None
-        if core.worker not in state.workers:
+        if not may_have_been_checked(state, core.slot, core.worker):
             return None
         return check_committee(state, core.slot, core.worker)
     if isinstance(core, WitnessCore):
         order = state.orders.get(core.order_id)
         if order is None or order.worker != core.worker or core.status not in WITNESSED:
+            return None
+        if not is_watched(order, core.slot, state.params):
             return None
         return Committee(order.seats, order.threshold)
     return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 
-from protocols.due import RECHECK, DueCheck, due_workers, may_be_checked
+from protocols.due import RECHECK, DueCheck, due_workers, may_be_checked, was_named
 from protocols.interpreter.state import State
 from protocols.params import Params
 from protocols.popw import recheck_slots
@@ -65,6 +65,16 @@ class OpenChecks:
         known = self._open.get(worker)
         if known is not None and known.slot <= slot:
             del self._open[worker]
+
+
+def may_have_been_checked(state: State, slot: int, key: bytes) -> bool:
+    """Whether honest seats can have checked a worker in `slot`, judged by any later state that remembers the slot.
+
+    Leases are not looked at, because the state does not say who was leased then. Without this rule, whoever holds a
+    quorum of any slot's committee could certify any worker in it, even one whose key was made for that committee.
+    """
+    step = recheck_slots(state.params)
+    return any(was_named(state, slot - step * again, key) for again in range(MAX_RECHECKS + 1))
 
 
 def can_be_recheck(due_slots: Container[int], slot: int, params: Params) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from protocols.deploy import CANCELLED, COMPLETED, EXPIRED, FAILED, OPEN, UP
 from protocols.epochs import LeaseLeaf
-from protocols.interpreter.state import ORDER_CANCELLED, ORDER_CLOSED, OrderState
+from protocols.interpreter.state import ORDER_CANCELLED, ORDER_CLOSED, ORDER_OPEN, OrderState
 from protocols.params import Params
 from protocols.quorum import QuorumCertificate, WitnessCore
 
@@ -59,6 +59,14 @@ def seen_windows(certificates: Iterable[QuorumCertificate], status: int) -> dict
 def needs_leaf(order: OrderState, first_slot: int, params: Params) -> bool:
     """Whether an order has a leaf in the body that starts at `first_slot`: it is open, or was closed since."""
     return order.status != ORDER_CLOSED or params.slot_of(order.ended_block) >= first_slot
+
+
+def is_watched(order: OrderState, slot: int, params: Params) -> bool:
+    """Whether a window can belong to the order's lease: from its placement to its end, or as long as it can last."""
+    placed = params.slot_of(order.placed_block)
+    longest = deploy_windows(params) + params.certificate_grace_slots + lease_windows(order.duration_s, params)
+    last = placed + longest if order.status == ORDER_OPEN else params.slot_of(order.ended_block)
+    return placed <= slot <= min(last, placed + longest)
 
 
 def lease_leaf(

@@ -41,7 +41,7 @@ from protocols.params import DEMO, KAI
 from protocols.popw import LATE, PASS
 from protocols.quorum import QuorumCertificate, ReadyCore, VerdictCore, WitnessCore
 
-PARAMS = replace(DEMO, epoch_slots=4, slot_blocks=2, block_ms=1000)
+PARAMS = replace(DEMO, epoch_slots=4, slot_blocks=2, block_ms=1000, standby_check_permille=1000)
 NETWORK = sha256(b"network").digest()
 ROOT = sha256(b"state").digest()
 SPEC = Spec(CPU_CLASS, 8, 16_000, 100_000, 0, 0, "")

@@ -35,7 +35,8 @@ from protocols.popw import PASS, WRONG
 from protocols.proofs import prove_reward
 from protocols.quorum import QuorumCertificate, VerdictCore
 
-PARAMS = {"slot_blocks": 4, "epoch_slots": 4, "block_ms": 1000, "reveal_window_ms": 1000, "proposer_timeout_ms": 3000}
+PARAMS = {"slot_blocks": 4, "epoch_slots": 4, "block_ms": 1000, "reveal_window_ms": 1000, "proposer_timeout_ms": 3000,
+          "standby_check_permille": 1000}  # fmt: skip
 DELAY_S = 0.05
 START_S = 1_000.0
 MESSAGES = (MixReveal, HeaderProposal, HeaderVote)
