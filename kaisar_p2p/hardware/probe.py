@@ -33,7 +33,6 @@ class Gpu:
 
     name: str
     memory_bytes: int
-    uuid: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +44,6 @@ class Machine:
     memory_bytes: int
     disk_free_bytes: int
     gpus: tuple[Gpu, ...]
-    architecture: str
-    operating_system: str
 
 
 def probe(disk: Path = Path(".")) -> Machine:
@@ -61,8 +58,6 @@ def probe(disk: Path = Path(".")) -> Machine:
         memory_bytes=_memory_bytes(),
         disk_free_bytes=_disk_free_bytes(disk),
         gpus=_gpus(),
-        architecture=platform.machine(),
-        operating_system=f"{platform.system()} {platform.release()}".strip(),
     )
 
 
@@ -144,8 +139,7 @@ def _gpu(nvml: Any, index: int) -> Gpu | None:
     """One GPU, or None when its driver does not answer for it (fallen off the bus, no permission)."""
     try:
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        memory_bytes = int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
-        return Gpu(_text(nvml.nvmlDeviceGetName(handle)), memory_bytes, _text(nvml.nvmlDeviceGetUUID(handle)))
+        return Gpu(_text(nvml.nvmlDeviceGetName(handle)), int(nvml.nvmlDeviceGetMemoryInfo(handle).total))
     except nvml.NVMLError as error:
         log.warning("GPU %d does not answer: %s", index, error)
         return None

@@ -19,7 +19,6 @@ from kaisar_p2p.errors import IdentityError, WrongPassphrase
 METHOD = "argon2id+xchacha20poly1305"
 SALT_BYTES = 16
 NONCE_BYTES = 24
-TAG_BYTES = 16
 MAX_PASSES = 64
 MIN_MEMORY_BYTES = 8 * 1024
 MAX_MEMORY_BYTES = 256 * 1024 * 1024

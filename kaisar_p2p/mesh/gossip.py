@@ -123,10 +123,6 @@ class Gossip:
         self._forward(message, own=True, exclude=())
         self.verdicts[name, "published"] += 1
 
-    def mesh_degree(self, name: str) -> int:
-        """Peers in our mesh of a topic."""
-        return len(self._router.mesh.get(self._topic(name), ()))
-
     def subscribers(self, name: str) -> list[bytes]:
         """Connected peers that announced a topic."""
         return self._router.subscribers(self._topic(name))

@@ -24,7 +24,6 @@ FLOOD_PEERS = 20  # that get our own messages directly
 HISTORY = 5  # heartbeats that a message can be asked for
 GOSSIPED = 3  # heartbeats that a message is offered
 PRUNE_BACKOFF_S = 60.0
-LEAVE_BACKOFF_S = 10.0
 MAX_TOPICS_PER_PEER = 64
 MAX_OFFERED_IDS = 500  # in one IHAVE, and asked of one peer per heartbeat
 MAX_OFFERS = 10  # IHAVE messages of one peer per heartbeat

@@ -91,11 +91,6 @@ class Job:
         """Tiles, and so tags, per round."""
         return (self.n // self.t) ** 2
 
-    @property
-    def operations(self) -> int:
-        """Multiplications and additions of the whole job."""
-        return 2 * self.n * self.n * self.k * self.rounds
-
     def pack(self) -> bytes:
         """The 12 bytes that are signed and hashed: LE32 n, LE32 k, LE16 t, LE16 rounds."""
         return struct.pack("<IIHH", self.n, self.k, self.t, self.rounds)

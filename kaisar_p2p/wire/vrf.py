@@ -17,7 +17,6 @@ from nacl import bindings
 from nacl.exceptions import CryptoError
 
 PROOF_BYTES = 80
-OUTPUT_BYTES = 64
 
 _SUITE = b"\x03"
 _GROUP_ORDER = 2**252 + 27742317777372353535851937790883648493

@@ -43,16 +43,12 @@ class FakeNvml:
     def nvmlDeviceGetName(self, handle: int) -> str | bytes:
         return b"RTX 4090" if self.as_bytes else "RTX 4090"
 
-    def nvmlDeviceGetUUID(self, handle: int) -> str | bytes:
-        return b"GPU-1" if self.as_bytes else "GPU-1"
-
 
 def test_this_machine_has_a_processor_memory_and_disk(tmp_path: Path) -> None:
     machine = probe(tmp_path)
     assert machine.cpu_cores >= 1
     assert machine.memory_bytes > 1 << 26
     assert machine.disk_free_bytes > 0
-    assert machine.architecture and machine.operating_system
 
 
 def test_the_disk_path_need_not_exist_yet(tmp_path: Path) -> None:
@@ -64,7 +60,7 @@ def test_gpus_come_from_nvml_and_a_lost_one_is_left_out(monkeypatch: pytest.Monk
     nvml = FakeNvml(as_bytes=as_bytes)
     monkeypatch.setattr(module, "_has_driver", lambda: True)
     monkeypatch.setitem(sys.modules, "pynvml", nvml)  # type: ignore[arg-type]
-    assert probe().gpus == (Gpu("RTX 4090", 24 << 30, "GPU-1"),)
+    assert probe().gpus == (Gpu("RTX 4090", 24 << 30),)
     assert nvml.open == 0
 
 
