@@ -149,6 +149,7 @@ def _assemble(
 ) -> Node:
     switchboard = Switchboard(inbox, lambda: chain.state, keys.public_key, clock.now)
     tunnels = TunnelClient(mesh)
+    lease_client = LeaseClientMachine(keys.key_pair, chain.ledger.network, store.items("order"))
     effects = NodeEffects(
         mesh=mesh,
         store=store,
@@ -168,13 +169,13 @@ def _assemble(
         chain=chain,
         mesh=mesh,
         store=store,
-        index=Index(),
+        index=Index(own_lease=lease_client.lease),
         inbox=inbox,
         clock=clock,
         effects=effects,
         tunnels=tunnels,
         runtime=runtime,
-        lease_client=LeaseClientMachine(keys.key_pair, chain.ledger.network, store.items("order")),
+        lease_client=lease_client,
         started_at=clock.now(),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -10,6 +11,7 @@ from kaisar_p2p.wire.envelope import Verified
 from protocols.actions import Action, Event, Gossip
 from protocols.adverts import Heartbeat, WorkerAdvert
 from protocols.deploy import LeaseEvent
+from protocols.lease_client import ClientLease
 from protocols.params import PERMILLE
 from protocols.popw import PASS
 from protocols.quorum import QuorumCertificate, VerdictCore
@@ -33,6 +35,9 @@ class Index:
     )
     lease_events: OrderedDict[bytes, deque[LeaseEvent]] = field(default_factory=OrderedDict)
     evidence: deque[tuple[float, object]] = field(default_factory=lambda: deque(maxlen=CERTIFICATES_KEPT))
+
+    own_lease: Callable[[bytes], ClientLease | None] = lambda _: None
+    """What this node itself keeps of an order that it placed: gossip is not repeated after a restart."""
 
     deadline: float | None = None
 

@@ -258,7 +258,10 @@ def lease_state(order_id: bytes, order: OrderState, index: Index) -> tuple[str, 
     certified = {type(c.core) for _, c in index.certificates if getattr(c.core, "order_id", None) == order_id}
     if last is not None and last.state >= RUNNING:
         return STATE_NAMES[last.state], OUTCOME_NAMES[OPEN], last.reason
-    if ReadyCore in certified:
+    own = index.own_lease(order_id)
+    if own is not None and own.state >= RUNNING:
+        return STATE_NAMES[own.state], OUTCOME_NAMES.get(own.outcome, "?"), own.reason
+    if ReadyCore in certified or order.paid_seconds:
         return STATE_NAMES[RUNNING], OUTCOME_NAMES[OPEN], ""
     if last is not None:
         return STATE_NAMES.get(last.state, STATE_NAMES[DEPLOYING]), OUTCOME_NAMES[OPEN], last.reason
@@ -322,8 +325,11 @@ def leases_view(state: State, index: Index, key: bytes) -> list[View]:
 
 
 def announced_port(order_id: bytes, index: Index) -> int:
-    """The program's first port, as its worker announced it; 0 when it has none or nothing was heard."""
-    return max((event.port for event in index.lease_events.get(order_id, ())), default=0)
+    """The program's first port, as its worker announced it or as we ordered it; 0 when it has none or is unknown."""
+    announced = max((event.port for event in index.lease_events.get(order_id, ())), default=0)
+    own = index.own_lease(order_id)
+    ordered = own.workload.ports if own is not None and own.workload is not None else ()
+    return announced or (ordered[0] if ordered else 0)
 
 
 def lease_event_view(event: LeaseEvent) -> View:

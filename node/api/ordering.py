@@ -139,6 +139,9 @@ class Ordering:
         order_id, order = self._find_open(request)
         node = self._node
         announced = views.announced_port(order_id, node.index) or None
+        if announced is None and not fields.has("port"):
+            hint = "if it listens, name its port: kaisar lease connect ORDER --port 8080"
+            raise ConfigError(f"order {order_id.hex()[:8]} names no port", hint=hint)
         port, local_port = (
             fields.integer("port", announced, low=1, high=65535),
             fields.integer("local_port", 0, high=65535),

@@ -343,6 +343,9 @@ def test_connecting(served: Any, api: httpx.Client) -> None:
     [lease] = api.get("leases").json()
     assert (lease["side"], lease["ports"]) == ("client", [{"port": 8080, "host": "127.0.0.1", "local_port": 40_000}])
     assert api.post(f"leases/{ORDER.hex()}/connect").json()["port"] == 40_000  # the port that its worker announced
+    served.node.index.lease_events.clear()
+    unknown = api.post(f"leases/{ORDER.hex()}/connect")
+    assert (unknown.status_code, "names no port" in unknown.json()["error"]) == (400, True)
     taken = api.post(f"leases/{ORDER.hex()}/connect", json={"port": 8080, "local_port": 1})
     assert (taken.status_code, taken.json()["hint"]) == (502, "choose another")
     served.node.tunnels.up = (False, "nothing listens on port 9 of the container")

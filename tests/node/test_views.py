@@ -15,6 +15,8 @@ from node import views
 from node.store import NodeEvent
 from protocols.deploy import CANCELLED, COMPLETED, DEGRADED, ENDED, FAILED, OPEN, RUNNING, LeaseEvent
 from protocols.interpreter.state import ORDER_CLOSED
+from protocols.lease_client import ClientLease
+from protocols.orders import Workload
 from protocols.params import KAI
 from protocols.quorum import QuorumCertificate, ReadyCore, TicketCore, VerdictCore
 
@@ -119,6 +121,19 @@ def test_the_state_of_an_open_order(
     index.lease_events[ORDER] = deque(events)
     index.certificates = certified(*cores)
     assert views.lease_state(ORDER, state.orders[ORDER], index) == expected
+
+
+def test_after_a_restart_the_node_remembers_its_own_orders(state: Any, index: Any) -> None:
+    """Nobody gossips again what it has told: what the client stored, and the ledger, are all there is."""
+    order = state.orders[ORDER]
+    index.lease_events.clear()
+    assert views.lease_state(ORDER, replace(order, paid_seconds=0), index) == ("PLACED", "open", "")
+    assert views.lease_state(ORDER, replace(order, paid_seconds=9), index) == ("RUNNING", "open", "")
+    assert views.announced_port(ORDER, index) == 0
+    own = ClientLease(ORDER, order, workload=Workload("", ("serve",), (), (8081, 1)), state=DEGRADED, reason="slow")
+    index.own_lease = {ORDER: own}.get
+    assert views.lease_state(ORDER, order, index) == ("DEGRADED", "open", "slow")
+    assert views.announced_port(ORDER, index) == 8081
 
 
 def test_the_ledger_has_the_last_word_on_the_end(state: Any, index: Any) -> None:
