@@ -44,7 +44,7 @@ from protocols.epoch_library import Library, parse_body
 from protocols.epoch_pool import Pool
 from protocols.epoch_tally import Ended, Quorum, Tally
 from protocols.epochs import FETCH_PROTOCOL, EpochBody, EpochHeader, HeaderProposal, HeaderVote, MixReveal
-from protocols.equivocation import EVIDENCE, EVIDENCE_TOPIC, evidence_id
+from protocols.equivocation import EVIDENCE, EVIDENCE_TOPIC, accused, evidence_id
 from protocols.interpreter.calls import AnchorPost, payload_of
 from protocols.interpreter.events import Anchored
 from protocols.interpreter.state import State
@@ -159,7 +159,7 @@ class EpochMachine:
         if event.topic == CERTIFICATE_TOPIC and isinstance(message, QuorumCertificate):
             return self._on_certificate(message, state)
         if event.topic == EVIDENCE_TOPIC and isinstance(message, EVIDENCE):
-            self._pool.add_evidence(evidence_id(message, self._network), state.slot)
+            self._pool.add_evidence(evidence_id(message, self._network), state.slot, accused(message))
         elif event.topic == TOPIC and isinstance(message, Verified):
             return self._on_epoch_message(message, event.received_at, state)
         return []
@@ -211,15 +211,16 @@ class EpochMachine:
         if self._library.lacks_base:
             return self._library.fetch_base(self._state, now)
         tally.proposed_round = round_
-        body = self._assemble(tally, ended)
+        body = self._assemble(tally, ended, round_)
         header = header_of(body, round_, ended.state, self._library.base, ended.state_root)
         digest = header_hash(header, self._network)
         tally.keep_body(digest, encode(body))
         envelope = seal(HeaderProposal(header), self._keys, self._network)
         return [Publish(TOPIC, envelope, Duty(f"propose/{tally.epoch}/{round_}", digest))]
 
-    def _assemble(self, tally: Tally, ended: Ended) -> EpochBody:
-        evidence = self._pool.evidence(self._grace_slot(ended.state))
+    def _assemble(self, tally: Tally, ended: Ended, round_: int) -> EpochBody:
+        """What this node proposes; evidence in the first round only, as what others lack must not hold up money."""
+        evidence = self._pool.evidence(self._grace_slot(ended.state)) if round_ == 0 else ()
         return assemble(ended.state, self._library.base, tally.reveals(), self._pool.certificates().values(), evidence)
 
     def _judge(self, tally: Tally, ended: Ended, header: EpochHeader, digest: bytes, now: float) -> list[Action]:
@@ -232,7 +233,7 @@ class EpochMachine:
             return []
         data = tally.bodies.get(digest)
         if data is None:
-            own = self._assemble(tally, ended)
+            own = self._assemble(tally, ended, header.round)
             if header_of(own, header.round, ended.state, self._library.base, ended.state_root) != header:
                 order = proposers(ended.state, tally.epoch)
                 return self._library.fetch_proposed(digest, order[header.round % len(order)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ from protocols.epoch_body import MAX_CERTIFICATES, Subject, certificate_hash, su
 from protocols.quorum import QuorumCertificate
 
 MAX_EVIDENCE = 4096
+EVIDENCE_OF_ONE = 4
+"""Pieces of evidence about one key that wait for a body."""
 MAX_VERIFIED = 4 * MAX_CERTIFICATES
 
 
@@ -27,7 +30,8 @@ class Pool:
         self._entries: dict[Subject, _Entry] = {}
         self._subjects: dict[bytes, Subject] = {}
         self._verified: dict[bytes, Subject] = {}
-        self._evidence: dict[bytes, int] = {}
+        self._evidence: dict[bytes, tuple[int, bytes]] = {}
+        self._accused: Counter[bytes] = Counter()
 
     def add(self, certificate: QuorumCertificate, slot: int) -> bytes | None:
         """Keep a verified certificate that came in `slot`; returns its hash if it is new and kept."""
@@ -49,10 +53,13 @@ class Pool:
         self._subjects[digest] = subject
         return digest
 
-    def add_evidence(self, digest: bytes, slot: int) -> None:
-        """Keep the id of verified evidence."""
-        if len(self._evidence) < MAX_EVIDENCE:
-            self._evidence.setdefault(digest, slot)
+    def add_evidence(self, digest: bytes, slot: int, offender: bytes) -> None:
+        """Keep the id of verified evidence; a few of one offender, who could make any number against itself."""
+        if digest in self._evidence or len(self._evidence) >= MAX_EVIDENCE:
+            return
+        if self._accused[offender] < EVIDENCE_OF_ONE:
+            self._accused[offender] += 1
+            self._evidence[digest] = slot, offender
 
     def by_hash(self, digest: bytes) -> QuorumCertificate | None:
         """The certificate with this hash."""
@@ -74,7 +81,7 @@ class Pool:
 
     def evidence(self, last_slot: int | None = None) -> frozenset[bytes]:
         """All evidence, or what was known in or before `last_slot`."""
-        return frozenset(key for key, slot in self._evidence.items() if last_slot is None or slot <= last_slot)
+        return frozenset(key for key, (slot, _) in self._evidence.items() if last_slot is None or slot <= last_slot)
 
     def forget(self, is_over: Callable[[Subject], bool]) -> None:
         """Drop certificates whose subject is over."""
@@ -86,4 +93,6 @@ class Pool:
     def forget_evidence(self, digests: tuple[bytes, ...]) -> None:
         """Drop evidence that is in an anchored body."""
         for digest in digests:
-            self._evidence.pop(digest, None)
+            _, offender = self._evidence.pop(digest, (0, b""))
+            self._accused[offender] -= 1
+        self._accused = +self._accused

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocols.epoch_body import certificate_hash, subject_of
-from protocols.epoch_pool import Pool
+from protocols.epoch_pool import EVIDENCE_OF_ONE, Pool
 from protocols.quorum import QuorumCertificate, WitnessCore
 
 NETWORK = bytes(32)
@@ -33,3 +33,14 @@ def test_the_lowest_hash_stays_and_all_were_verified(certificates: list[QuorumCe
     assert all(subject[0] >= over for subject in pool.certificates())
     for each in certificates:
         assert (hashes[each] in pool.verified) == (each.core.slot >= over)  # type: ignore[union-attr]
+
+
+def test_nobody_fills_the_pool_with_evidence_against_itself() -> None:
+    pool = Pool(NETWORK)
+    for number in range(5000):
+        pool.add_evidence(number.to_bytes(32, "big"), 1, b"flooder")
+    pool.add_evidence(bytes([9]) * 32, 1, b"another")
+    assert len(pool.evidence()) == EVIDENCE_OF_ONE + 1
+    pool.forget_evidence(tuple(pool.evidence()))
+    pool.add_evidence(bytes([8]) * 32, 2, b"flooder")
+    assert pool.evidence() == {bytes([8]) * 32}

@@ -327,7 +327,7 @@ def test_the_pool_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     state, pool = state_at(1), Pool(NETWORK)
     for slot in (4, 5, 6):
         pool.add(verdict(state, slot), slot)
-        pool.add_evidence(sha256(b"%d" % slot).digest(), slot)
+        pool.add_evidence(sha256(b"%d" % slot).digest(), slot, b"%d" % slot)
     assert len(pool.certificates()) == len(pool.evidence()) == 2
     assert len(pool.evidence(4)) == 1
     pool.forget_evidence(tuple(pool.evidence()))

@@ -24,6 +24,7 @@ from protocols.epoch_body import leaves_of
 from protocols.epoch_gossip import proposers, validate_epoch
 from protocols.epoch_machine import EpochMachine
 from protocols.epochs import REWARDS, VERDICTS, EpochBody, EpochHeader, HeaderProposal, HeaderVote, MixReveal
+from protocols.equivocation import DoubleVote
 from protocols.genesis import Allocation, Genesis, genesis_state, write_genesis
 from protocols.interpreter import calls
 from protocols.interpreter.apply import apply
@@ -33,7 +34,7 @@ from protocols.interpreter.state import State
 from protocols.params import KAI
 from protocols.popw import PASS, WRONG
 from protocols.proofs import prove_reward
-from protocols.quorum import QuorumCertificate, VerdictCore
+from protocols.quorum import QuorumCertificate, TicketCore, VerdictCore
 
 PARAMS = {"slot_blocks": 4, "epoch_slots": 4, "block_ms": 1000, "reveal_window_ms": 1000, "proposer_timeout_ms": 3000,
           "standby_check_permille": 1000}  # fmt: skip
@@ -345,6 +346,19 @@ def test_rewards_can_be_claimed_from_the_anchored_body() -> None:
     swarm.run_for(2.0)
     assert swarm.state.accounts[name].balance_planck > before
     assert swarm.state.accounts[name].claimed_planck > 0
+
+
+def test_evidence_that_not_everybody_has_delays_an_epoch_by_a_round_only() -> None:
+    """Whoever signs nonsense against itself can make more evidence than every node hears of."""
+    swarm = Swarm()
+    swarm.until_anchored(1)
+    for index, node in enumerate(swarm.nodes.values()):
+        cores = [TicketCore(bytes([index]) * 32, bytes(32), bytes(32), bytes([each]) * 32) for each in (1, 2)]
+        evidence = DoubleVote(bytes([index]) * 32, cores[0], bytes(64), cores[1], bytes(64))
+        swarm.step(node, do.Gossip("evidence", evidence, bytes(32), swarm.now))
+    swarm.until_anchored(4)
+    assert {swarm.state.anchors[epoch].header.round for epoch in (2, 3, 4)} == {1}
+    assert "evidence that is not known here" in reasons(swarm)
 
 
 def test_no_certificate_of_a_slot_is_lost_or_counted_twice() -> None:
