@@ -20,23 +20,21 @@ from protocols.adverts import GPU_CLASS, Spec
 from protocols.committees import check_committee
 from protocols.deploy import GONE, UP
 from protocols.epochs import RewardLeaf
-from protocols.interpreter.state import REGISTERED, State, WorkerState
+from protocols.interpreter.state import ACTIVE, State, WorkerState
 from protocols.params import PERMILLE, Params
 from protocols.popw import PASS
 from protocols.quorum import QuorumCertificate, VerdictCore, WitnessCore
 
 CPU_WEIGHT, GPU_WEIGHT, DISK_WEIGHT, MEMORY_WEIGHT = 1, 3, 1, 1
 JOB_TIME_WEIGHT = 3
-GIB_MB = 1024
 PROVEN_GPU_PERMILLE = 250
 """GPU score that a PASS proves: the lowest row of the network's GPU table (GTX 1080 to RTX 4070).
 
 All workers of a network run the same job, so a certificate says "at least this fast" and no more. What a machine claims
 to be never raises its score; neither does bandwidth, which no certificate measures.
 """
-_CPU_CORES = ((129, 800), (64, 600), (32, 400), (0, 200))
-_MEMORY_MB = ((512 * GIB_MB + 1, 800), (128 * GIB_MB, 600), (32 * GIB_MB, 400), (0, 200))
-_DISK_MB = ((10_240 * GIB_MB + 1, 800), (5_120 * GIB_MB, 600), (512 * GIB_MB, 400), (0, 200))
+LOWEST_TIER_PERMILLE = 200
+"""Cores, memory and disk: no certificate measures them yet, so whatever a worker claims counts as the lowest tier."""
 
 Scores = dict[bytes, int]
 """Score by account."""
@@ -48,14 +46,9 @@ def checker_score(work: int, stake: int, error_permille: int) -> int:
 
 
 def hardware_permille(spec: Spec) -> int:
-    """The hardware term of a worker whose registration was certified: tiers of the spec, weighted."""
-    cpu, memory, disk = (
-        _tier(_CPU_CORES, spec.cpu_cores),
-        _tier(_MEMORY_MB, spec.memory_mb),
-        _tier(_DISK_MB, spec.disk_mb),
-    )
+    """The hardware term of a worker whose registration was certified: only what a certificate measured raises it."""
     gpu = PROVEN_GPU_PERMILLE if spec.device_class == GPU_CLASS and spec.gpus else 0
-    return cpu * CPU_WEIGHT + gpu * GPU_WEIGHT + disk * DISK_WEIGHT + memory * MEMORY_WEIGHT
+    return LOWEST_TIER_PERMILLE * (CPU_WEIGHT + DISK_WEIGHT + MEMORY_WEIGHT) + gpu * GPU_WEIGHT
 
 
 @dataclass(frozen=True)
@@ -142,34 +135,38 @@ def checker_scores(state: State, epoch: int, certificates: Iterable[QuorumCertif
 def worker_scores(
     state: State, slots: range, certificates: Iterable[QuorumCertificate], lease_seconds: Mapping[bytes, int]
 ) -> tuple[Scores, Scores]:
-    """(uptime scores, job-time scores) of the workers' owners."""
+    """(uptime scores, job-time scores) of the workers' owners.
+
+    Only workers that are active at the end have any: who is paid to the end of the epoch must still be there then.
+    """
     job_ms = _job_ms(state, lease_seconds)
     largest = max((worker.bond_planck for worker in state.workers.values()), default=0)
     compute: Counter[bytes] = Counter()
     delivery: Counter[bytes] = Counter()
-    for key, (good, bad) in _windows(certificates).items():
-        worker = state.workers.get(key)
-        if worker is None or worker.status == REGISTERED:
-            continue
+    active = {key: worker for key, worker in state.workers.items() if worker.status == ACTIVE}
+    since = {key: state.params.slot_of(worker.activated_block) + 1 for key, worker in active.items()}
+    for key, (good, bad) in _windows(certificates, since).items():
+        worker = active[key]
         factor = (largest + worker.bond_planck or 1) * hardware_permille(worker.spec)
         compute[worker.owner] += _uptime_ms(worker, slots, good, bad, state.params) * factor
         delivery[worker.owner] += job_ms.get(key, 0) * JOB_TIME_WEIGHT * factor
     return dict(compute), dict(delivery)
 
 
-def _tier(rows: tuple[tuple[int, int], ...], amount: int) -> int:
-    return next(score for least, score in rows if amount >= least)
+def _windows(certificates: Iterable[QuorumCertificate], since: Mapping[bytes, int]) -> dict[bytes, tuple[int, int]]:
+    """Slots in which each worker was certified as present (PASS, UP), and slots in which it only failed.
 
-
-def _windows(certificates: Iterable[QuorumCertificate]) -> dict[bytes, tuple[int, int]]:
-    """Slots in which each worker was certified as present (PASS, UP), and slots in which it only failed."""
+    `since` has the workers that count, and their first slot: a registration's checks say nothing about the time after.
+    """
     good: dict[bytes, set[int]] = {}
     bad: dict[bytes, set[int]] = {}
     for certificate in certificates:
         core = certificate.core
+        if not isinstance(core, VerdictCore | WitnessCore) or core.slot < since.get(core.worker, core.slot + 1):
+            continue
         if isinstance(core, VerdictCore):
             (good if core.verdict == PASS else bad).setdefault(core.worker, set()).add(core.slot)
-        elif isinstance(core, WitnessCore) and core.status in (UP, GONE):
+        elif core.status in (UP, GONE):
             # DOWN says that the worker is there and the tenant's program is not, which the tenant can bring about.
             (good if core.status == UP else bad).setdefault(core.worker, set()).add(core.slot)
     nothing: set[int] = set()

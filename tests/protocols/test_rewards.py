@@ -14,7 +14,7 @@ from protocols.adverts import CPU_CLASS, GPU_CLASS, Spec
 from protocols.committees import check_committee
 from protocols.deploy import DOWN, GONE, UP
 from protocols.epochs import RewardLeaf
-from protocols.interpreter.state import ACTIVE, REGISTERED, MachineState, OrderState, State, WorkerState
+from protocols.interpreter.state import ACTIVE, REGISTERED, RETIRED, MachineState, OrderState, State, WorkerState
 from protocols.params import DEMO, KAI
 from protocols.popw import LATE, PASS
 from protocols.quorum import QuorumCertificate, VerdictCore, WitnessCore
@@ -85,13 +85,12 @@ def test_the_worked_example_of_the_network() -> None:
     ("spec", "permille"),
     [
         (Spec(CPU_CLASS, 8, 16 * 1024, 100 * 1024, 0, 0, ""), 200 + 200 + 200),
-        (Spec(CPU_CLASS, 32, 32 * 1024, 512 * 1024, 0, 0, ""), 400 + 400 + 400),
-        (Spec(CPU_CLASS, 128, 512 * 1024, 10_240 * 1024, 0, 0, ""), 600 + 600 + 600),
-        (Spec(CPU_CLASS, 129, 513 * 1024, 10_241 * 1024, 0, 0, ""), 800 + 800 + 800),
+        (Spec(CPU_CLASS, 65_535, 2**32 - 1, 2**32 - 1, 0, 0, ""), 200 + 200 + 200),
         (Spec(GPU_CLASS, 8, 16 * 1024, 100 * 1024, 1, 24_000, "RTX 4090"), 600 + 3 * 250),
+        (Spec(GPU_CLASS, 65_535, 2**32 - 1, 2**32 - 1, 255, 80_000, "H100 SXM"), 600 + 3 * 250),
     ],
 )
-def test_hardware_tiers(spec: Spec, permille: int) -> None:
+def test_what_no_certificate_measured_scores_its_lowest_tier(spec: Spec, permille: int) -> None:
     assert hardware_permille(spec) == permille
 
 
@@ -112,6 +111,23 @@ def test_a_worker_that_only_failed_or_is_not_certified_gets_nothing() -> None:
     state = state_of({"c": KAI}, {"bad": worker_of("a"), "new": worker_of("b", status=REGISTERED)})
     compute, _ = worker_scores(state, SLOTS, [verdict("bad", 8, LATE), verdict("new", 8)], {})
     assert not any(compute.values())
+
+
+def test_a_worker_that_left_before_the_end_is_not_paid_for_the_rest() -> None:
+    """Otherwise one card would register, pass and retire under many names, each of them paid for the whole epoch."""
+    state = state_of({"c": KAI}, {"left": worker_of("a", bond=0, status=RETIRED), "stays": worker_of("b")})
+    compute, _ = worker_scores(state, SLOTS, [verdict("left", 8), verdict("stays", 8)], {})
+    assert compute.get(name("a"), 0) == 0 < compute[name("b")]
+
+
+def test_checks_up_to_the_activation_say_nothing_about_the_time_after_it() -> None:
+    """Activated in slot 9: neither the failed attempts nor the pass that ended them count."""
+    state = state_of({"c": KAI}, {"w": worker_of("a", activated=18), "gone": worker_of("b", activated=18)})
+    tries = [verdict("w", 8, LATE), verdict("w", 9), verdict("w", 10), verdict("gone", 9), verdict("gone", 10, LATE)]
+    compute, _ = worker_scores(state, SLOTS, tries, {})
+    always, _ = worker_scores(state, SLOTS, [verdict("w", 10)], {})
+    assert compute[name("a")] == always[name("a")] > 0
+    assert compute[name("b")] == 0
 
 
 def test_windows_of_a_lease_count_as_uptime_and_its_seconds_as_delivery() -> None:
