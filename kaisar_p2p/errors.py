@@ -28,6 +28,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class KaisarError(Exception):
     """Base of all errors; `hint` tells what to do next and may be empty."""
@@ -123,3 +126,15 @@ class StoreError(KaisarError):
 
 class NodeUnavailable(KaisarError):
     """No local node answers on its API."""
+
+
+@contextmanager
+def ungrouped() -> Iterator[None]:
+    """Nurseries put errors into groups: the only one in nested groups leaves as itself, several leave as a group."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+            error = error.exceptions[0]
+        raise error from error.__cause__

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import aclosing, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import trio
 
-from kaisar_p2p.errors import ContainerError, DecodeError, KaisarError, MeshError, PortUnavailable, RequestFailed
+from kaisar_p2p.errors import (
+    ContainerError,
+    DecodeError,
+    KaisarError,
+    MeshError,
+    PortUnavailable,
+    RequestFailed,
+    ungrouped,
+)
 from kaisar_p2p.mesh import Mesh, MeshStream
 from kaisar_p2p.runtime.interface import ContainerRuntime, ExecSession
 from kaisar_p2p.runtime.reach import stays_open
@@ -69,7 +77,7 @@ class TunnelServer:
             await stream.send_frame(encode(TunnelReply(0, refusal)))
             return
         try:
-            with _only_cause():
+            with ungrouped():
                 await getattr(self, f"_serve_{opening.service}")(stream, opening)
         except (ContainerError, OSError) as error:
             log.info("tunnel %s into %s ended: %s", opening.service, opening.order_id.hex()[:8], error)
@@ -167,18 +175,6 @@ async def _until_hang_up(stream: MeshStream, scope: trio.CancelScope) -> None:
     except MeshError:
         pass
     scope.cancel()
-
-
-@contextmanager
-def _only_cause() -> Iterator[None]:
-    """Nurseries wrap errors in groups; callers look for the error itself."""
-    try:
-        yield
-    except BaseExceptionGroup as group:
-        cause: BaseException = group
-        while isinstance(cause, BaseExceptionGroup) and len(cause.exceptions) == 1:
-            cause = cause.exceptions[0]
-        raise cause from None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import TypeVar
 
 import trio
 
-from kaisar_p2p.errors import CallRejected, DecodeError, LedgerCorrupt, LedgerError, SignatureError
+from kaisar_p2p.errors import CallRejected, DecodeError, LedgerCorrupt, LedgerError, SignatureError, ungrouped
 from kaisar_p2p.ledger.calls import SignedCall, open_call, sign_call
 from kaisar_p2p.ledger.chain import RawBlock, check_block
 from kaisar_p2p.ledger.file import Head, LedgerFile
@@ -280,12 +280,8 @@ async def open_embedded(
     open_file = partial(trio.to_thread.run_sync, LedgerFile, Path(path))
     with closing(await open_file()) as poll, closing(await open_file()) as reads, closing(await open_file()) as writes:
         ledger = EmbeddedLedger(poll, reads, writes, verify_signatures=verify_signatures)
-        try:
+        with ungrouped():
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(partial(ledger.run, seal=seal, poll_s=poll_s, now_ms=now_ms))
                 yield ledger
                 nursery.cancel_scope.cancel()
-        except BaseExceptionGroup as group:  # the nursery's; what the caller raised should reach the caller as it was
-            if len(group.exceptions) == 1:
-                raise group.exceptions[0] from group.exceptions[0].__cause__
-            raise

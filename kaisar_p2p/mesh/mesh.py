@@ -14,7 +14,7 @@ from functools import partial
 import trio
 from nacl.signing import SigningKey
 
-from kaisar_p2p.errors import LimitExceeded, MeshError, PeerUnreachable, RequestFailed
+from kaisar_p2p.errors import LimitExceeded, MeshError, PeerUnreachable, RequestFailed, ungrouped
 from kaisar_p2p.mesh import discovery
 from kaisar_p2p.mesh.addresses import Address, AddressBook, local_addresses, parse, with_peer
 from kaisar_p2p.mesh.connection import Connection
@@ -363,7 +363,7 @@ async def open_mesh(config: MeshConfig, seed: bytes) -> AsyncIterator[Mesh]:
     Raises PortUnavailable or ConfigError when it cannot listen. Leaving the context closes every connection at once.
     """
     mesh = Mesh(config, seed)
-    try:
+    with ungrouped():
         async with trio.open_nursery() as nursery:
             await mesh._start(nursery)
             try:
@@ -372,13 +372,3 @@ async def open_mesh(config: MeshConfig, seed: bytes) -> AsyncIterator[Mesh]:
                 with trio.CancelScope(shield=True), trio.move_on_after(_GOODBYE_S):
                     await mesh._network.say_goodbye()
                 nursery.cancel_scope.cancel()
-    except BaseExceptionGroup as group:
-        raise _only_cause(group) from None
-
-
-def _only_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The exception inside a group of one: a caller catches PortUnavailable, not a group that holds it."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error

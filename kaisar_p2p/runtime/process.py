@@ -35,7 +35,7 @@ from typing import IO, Any
 
 import trio
 
-from kaisar_p2p.errors import ContainerError, RuntimeUnavailable
+from kaisar_p2p.errors import ContainerError, RuntimeUnavailable, ungrouped
 from kaisar_p2p.runtime import shim
 from kaisar_p2p.runtime.interface import ContainerSpec, ContainerStatus, ExecSession
 
@@ -200,14 +200,13 @@ class ProcessRuntime:
         groups = self._sessions.setdefault(lease, set())
         groups.add(process.pid)
         try:
-            async with trio.open_nursery() as nursery:
-                session = ProcessExec(process)
-                nursery.start_soon(session.read, 1, process.stdout)
-                nursery.start_soon(session.read, 2, process.stderr)
-                yield session
-                nursery.cancel_scope.cancel()
-        except BaseExceptionGroup as group:  # what the caller raised, as it raised it
-            raise group.exceptions[0] if len(group.exceptions) == 1 else group from None
+            with ungrouped():
+                async with trio.open_nursery() as nursery:
+                    session = ProcessExec(process)
+                    nursery.start_soon(session.read, 1, process.stdout)
+                    nursery.start_soon(session.read, 2, process.stderr)
+                    yield session
+                    nursery.cancel_scope.cancel()
         finally:
             groups.discard(process.pid)
             with contextlib.suppress(OSError):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kaisar_p2p.errors import ungrouped
 from kaisar_p2p.identity import Keystore
 from kaisar_p2p.wire.ids import short
 from node.commands.options import DataDir, PassphraseFile, data_directory
@@ -120,15 +121,5 @@ def _run_until_signal(config: Config, keys: MachineKey, wallet: Wallet, ready: C
             await run_node(config, keys, wallet, ready)
             nursery.cancel_scope.cancel()
 
-    try:
+    with ungrouped():
         trio.run(main)
-    except BaseExceptionGroup as group:
-        raise _cause(group) from group
-
-
-def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The one error in nested groups; the group itself when there are several."""
-    cause: BaseException = group
-    while isinstance(cause, BaseExceptionGroup) and len(cause.exceptions) == 1:
-        cause = cause.exceptions[0]
-    return cause
