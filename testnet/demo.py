@@ -141,9 +141,17 @@ def _say_end(view: DemoView, figures: dict[str, Any]) -> None:
         view.line(f"peak memory of a node: {max(peaks.values())} MB at most")
 
 
+def _command() -> str:
+    """What to type in any shell: `kaisar` where that finds this program, else its path."""
+    ours, found = Path(sys.argv[0]), shutil.which("kaisar")
+    if ours.name != "kaisar" or (found is not None and Path(found).resolve() == ours.resolve()):
+        return "kaisar"
+    return str(ours.absolute())
+
+
 def _how_to_use(view: DemoView, directory: Path, swarm: Swarm) -> None:
     client = next(each.name for each in swarm.prepared.members if "client" in each.roles)
-    kaisar = Path(sys.argv[0]).name if sys.argv[0].endswith("kaisar") else "kaisar"
+    kaisar = _command()
     view.heading("The network keeps running; in any shell:")
     for line in (
         f"export KAISAR_HOME={swarm.prepared.data_directory(client)}   # speak as the client",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,23 @@ def test_keep_leaves_it_running_and_says_how_to_use_it(
     assert stopped == []
     assert f"kaisar testnet down --directory {tmp_path / 'net'}" in output
     assert f"export KAISAR_HOME={tmp_path / 'net' / 'nodes' / 'client'}" in output
+
+
+def test_the_lines_to_copy_name_a_command_that_any_shell_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("here", "other"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "kaisar").touch(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["here/kaisar", "demo"])
+    for path, command in (
+        ("", tmp_path / "here" / "kaisar"),
+        ("other", tmp_path / "here" / "kaisar"),
+        ("here", "kaisar"),
+    ):
+        monkeypatch.setenv("PATH", str(tmp_path / path) if path else "/nowhere")
+        assert demo_module._command() == str(command)
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/pytest"])
+    assert demo_module._command() == "kaisar"
 
 
 def test_figures_come_from_the_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: list[Path],
