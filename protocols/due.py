@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kaisar_p2p.wire.crypto import domain_hash
-from protocols.interpreter.state import ACTIVE, REGISTERED, State, WorkerState
+from protocols.interpreter.state import ACTIVE, ORDER_OPEN, REGISTERED, OrderState, State, WorkerState
 from protocols.params import PERMILLE
 
 REGISTRATION, STANDBY, GRAND, RECHECK = "registration", "standby", "grand", "recheck"
@@ -39,15 +39,30 @@ def due_check(state: State, slot: int, key: bytes) -> DueCheck | None:
 
 
 def may_be_checked(state: State, slot: int, key: bytes) -> bool:
-    """Whether a worker can be checked in `slot` at all: registered before it, not retired, and without a lease."""
+    """Whether a worker can be checked in `slot` at all: registered before it, not retired, not leased."""
     worker = state.workers.get(key)
     if worker is None or slot not in state.beacons:
         return False
     if worker.status == REGISTERED:
         # Registered in this slot: not every node may have known it at the slot's first block.
         return worker.registered_block < slot * state.params.slot_blocks
-    # The witnesses of its lease see whether a leased worker is alive.
-    return worker.status == ACTIVE and not state.open_orders.get(key)
+    return worker.status == ACTIVE and not is_leased(state, slot, key)
+
+
+def is_leased(state: State, slot: int, key: bytes) -> bool:
+    """Whether an order may be running on the worker: then its witnesses see whether it is alive.
+
+    One that is cancelled, or whose time is over, spares it one slot more, to clean up; not until it is settled, which
+    may be never.
+    """
+    return any(_may_run(state, slot, state.orders[each]) for each in state.open_orders.get(key, ()))
+
+
+def _may_run(state: State, slot: int, order: OrderState) -> bool:
+    params = state.params
+    if order.status != ORDER_OPEN:
+        return slot <= params.slot_of(order.ended_block) + 1
+    return state.time_ms < order.placed_ms + params.deploy_timeout_ms + 1000 * order.duration_s + 2 * params.slot_ms
 
 
 def was_named(state: State, slot: int, key: bytes) -> bool:

@@ -13,7 +13,7 @@ from kaisar_p2p.wire.crypto import KeyPair
 from protocols.adverts import CPU_CLASS, Spec
 from protocols.committees import check_committee
 from protocols.deploy import UP
-from protocols.due import is_grand_slot, wins_standby_draw
+from protocols.due import is_grand_slot, may_be_checked, wins_standby_draw
 from protocols.epoch_body import GENESIS, assemble
 from protocols.interpreter.state import ACTIVE, ORDER_CLOSED, REGISTERED, MachineState, OrderState, State, WorkerState
 from protocols.params import DEMO, KAI
@@ -114,3 +114,25 @@ def test_an_activation_ends_the_time_in_which_every_slot_is_due() -> None:
     found = counted(state, passes(state))
     assert found[:5] == [1, 2, 3, 4, 5]
     assert len(found) < 30
+
+
+# ── orders that hide a worker from its checks ────────────────────────────────────────────────────────────────────────
+
+
+def checked(slot: int, **order: int) -> bool:
+    """Whether an active worker with one order that is not settled is checked at the start of `slot`."""
+    state = state_of(worker_of(), **order)
+    state = replace(state, number=2 * slot, time_ms=2000 * slot, open_orders=Map({WORKER: (ORDER,)}))
+    return may_be_checked(state, slot, WORKER)
+
+
+def test_a_running_order_spares_its_worker_until_its_time_is_over() -> None:
+    over = 10 + 2 + 5  # placement, deploy timeout, duration
+    assert [slot for slot in range(10, 30) if not checked(slot, placed_ms=20_000)] == list(range(10, over + 2))
+
+
+@pytest.mark.parametrize("ended_block", [24, 25])
+def test_a_cancelled_order_that_nobody_settles_hides_nobody(ended_block: int) -> None:
+    """Placing and cancelling is free: it must neither spare a worker its checks, nor keep it from earning."""
+    found = [checked(slot, placed_ms=20_000, status=2, ended_block=ended_block) for slot in (13, 14, 15)]
+    assert found == [False, True, True]

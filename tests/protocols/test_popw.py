@@ -21,7 +21,16 @@ from protocols.adverts import GPU_CLASS, Spec
 from protocols.committees import check_committee
 from protocols.due import GRAND, REGISTRATION, STANDBY, due_workers, is_grand_slot
 from protocols.interpreter.calls import CHECKER
-from protocols.interpreter.state import ACTIVE, REGISTERED, RETIRED, MachineState, OrderState, State, WorkerState
+from protocols.interpreter.state import (
+    ACTIVE,
+    ORDER_OPEN,
+    REGISTERED,
+    RETIRED,
+    MachineState,
+    OrderState,
+    State,
+    WorkerState,
+)
 from protocols.params import MAINNET
 from protocols.popw import (
     BADJOB,
@@ -452,6 +461,7 @@ def test_leased_and_retired_workers_are_not_due() -> None:
     state = with_workers(
         {leased: worker_state(), retired: worker_state(RETIRED)},
         params=replace(PARAMS, standby_check_permille=1000),
+        orders=Map({ORDER: replace(order_state(), status=ORDER_OPEN, placed_ms=STATE.time_ms, duration_s=60)}),
         open_orders=Map({leased: (ORDER,)}),
     )
     assert due_workers(state, SLOT) == ()
