@@ -63,6 +63,7 @@ class Params:
     registration_fee_planck: int = 1 * KAI
     bond_planck: int = 50 * KAI
     provider_fault_permille: int = 100
+    release_epochs: int = 48
     epoch_reward_planck: int = 7_631 * KAI
     checker_share_permille: int = 200
     delivery_ratio_permille: int = 500

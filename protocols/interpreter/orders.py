@@ -8,7 +8,7 @@ from kaisar_p2p.errors import DecodeError, SignatureError
 from kaisar_p2p.wire.envelope import open_signed
 from protocols.adverts import Spec
 from protocols.committees import deploy_beacon, deploy_committee
-from protocols.deploy import EXPIRED, FAILED, OPEN
+from protocols.deploy import CANCELLED, EXPIRED, FAILED, OPEN
 from protocols.digests import offer_hash, spec_hash
 from protocols.epochs import LEASES, LeaseLeaf
 from protocols.interpreter.calls import LeaseSettle, OrderCancel, OrderPlace
@@ -133,10 +133,15 @@ def _order(
 
 
 def cancel(draft: Draft, signer: bytes, call: OrderCancel) -> bytes:
-    """End an order early; the money moves when the lease's last leaf is settled."""
+    """End an order early; the money moves when the lease's last leaf is settled.
+
+    When epochs have not been anchored for long, no leaf may ever come: then either side can end the order for good.
+    """
     order = draft.orders.get(call.order_id)
     if order is None:
         raise Refused("no such order")
+    if signer in (order.client, order.worker_owner) and _is_stuck(draft, order):
+        return _release(draft, call.order_id, order)
     if order.client != signer:
         raise Refused("the order is another account's")
     if order.status != ORDER_OPEN:
@@ -144,6 +149,24 @@ def cancel(draft: Draft, signer: bytes, call: OrderCancel) -> bytes:
     draft.orders[call.order_id] = replace(order, status=ORDER_CANCELLED, ended_block=draft.base.number)
     draft.events.append(OrderEnded(call.order_id))
     return call.order_id
+
+
+def _is_stuck(draft: Draft, order: OrderState) -> bool:
+    """Whether the order's time is over, it is not settled, and no epoch was anchored for `release_epochs`."""
+    since = max(draft.last_anchor, draft.params.epoch_of(order.placed_block))
+    long_ago = draft.base.epoch > since + draft.params.release_epochs
+    return long_ago and order.status != ORDER_CLOSED and not occupies(draft, order)
+
+
+def _release(draft: Draft, order_id: bytes, order: OrderState) -> bytes:
+    """Give back what was never settled as it came; whose fault it was that nobody anchored, nobody can tell."""
+    points = max(0, order.points_planck - order.paid_planck)
+    closed = _give_back(draft, order_id, order, points, CANCELLED)
+    draft.orders[order_id] = closed
+    draft.events.append(LeaseSettled(order_id, 0, closed.refunded_planck, closed.refunded_points, True))
+    if order.status == ORDER_OPEN:
+        draft.events.append(OrderEnded(order_id))
+    return order_id
 
 
 def settle(draft: Draft, call: LeaseSettle) -> bytes:
@@ -188,10 +211,16 @@ def settle(draft: Draft, call: LeaseSettle) -> bytes:
 
 def _close(draft: Draft, leaf: LeaseLeaf, order: OrderState) -> OrderState:
     """Give back what is left in escrow, and the penalty of a worker whose fault ended a lease which had begun."""
-    rest = order.escrow_planck
-    points = _rest_as_points(draft, order)
     at_fault = leaf.outcome == FAILED and leaf.fault and order.paid_seconds
-    penalty = _take_penalty(draft, order, rest) if at_fault else 0
+    penalty = _take_penalty(draft, order, order.escrow_planck) if at_fault else 0
+    return _give_back(draft, leaf.order_id, order, _rest_as_points(draft, order), leaf.outcome, penalty)
+
+
+def _give_back(
+    draft: Draft, order_id: bytes, order: OrderState, points: int, outcome: int, penalty: int = 0
+) -> OrderState:
+    """The order, closed. Its escrow goes to the client: `points` as points, the rest and the penalty in KAI."""
+    rest = order.escrow_planck
     client = draft.account(order.client)
     draft.accounts[order.client] = replace(
         client,
@@ -199,7 +228,7 @@ def _close(draft: Draft, leaf: LeaseLeaf, order: OrderState) -> OrderState:
         points_planck=client.points_planck + points,
     )
     draft.treasury_planck += points
-    _forget_open(draft, order.worker, leaf.order_id)
+    _forget_open(draft, order.worker, order_id)
     return replace(
         order,
         escrow_planck=0,
@@ -208,7 +237,7 @@ def _close(draft: Draft, leaf: LeaseLeaf, order: OrderState) -> OrderState:
         refunded_planck=rest - points,
         refunded_points=points,
         penalty_planck=penalty,
-        outcome=leaf.outcome,
+        outcome=outcome,
     )
 
 

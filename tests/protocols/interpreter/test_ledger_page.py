@@ -40,7 +40,7 @@ def test_parameters_are_those_of_mainnet(page):
             unit = KAI if "KAI" in number else 86_400 if "days" in number else 1
             assert getattr(MAINNET, name) == digits * unit, name
             checked += 1
-    assert checked == 17
+    assert checked == 18
 
 
 def test_the_example_is_a_genesis_document(page):
