@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from kaisar_p2p.errors import DecodeError
-from kaisar_p2p.wire.codec import decode, encode
+from kaisar_p2p.wire.codec import encode
 from kaisar_p2p.wire.crypto import KeyPair, domain_hash, sha256
+from kaisar_p2p.wire.judge import peek
 from protocols.actions import Action, Duty, Note, Publish, Request
 from protocols.equivocation import EVIDENCE_TOPIC, DoubleVote
-from protocols.popw import VOTE_PROTOCOL
+from protocols.popw import AGGREGATORS, COUNTED, MAX_AGGREGATORS, REFUSED, VOTE_DEADLINE_S, VOTE_PROTOCOL
 from protocols.quorum import (
     Committee,
     CoreVote,
@@ -29,15 +29,10 @@ from protocols.quorum import (
 
 LeaseCore = TicketCore | ReadyCore | WitnessCore
 VOTE_BYTES_MAX = 512
-COUNTED, REFUSED = b"\x01", b"\x00"
-"""The one frame that answers a vote."""
-VOTE_DEADLINE_S = 3.0
 RETRY_S = 0.4
 MAX_ATTEMPTS = 6
 """Over 12 s: an aggregator that is two mainnet blocks behind still counts the vote."""
 PATIENCE_S = 2.5
-AGGREGATORS = 2
-MAX_AGGREGATORS = 6
 
 
 def aggregators(seats: tuple[bytes, ...], order_id: bytes, network: bytes) -> tuple[bytes, ...]:
@@ -47,12 +42,7 @@ def aggregators(seats: tuple[bytes, ...], order_id: bytes, network: bytes) -> tu
 
 def parse_core_vote(payload: bytes) -> CoreVote | None:
     """The vote in a frame of `/kaisar/vote/1`; None for garbage, and for a verdict's vote (another machine's)."""
-    if len(payload) > VOTE_BYTES_MAX:
-        return None
-    try:
-        return decode(CoreVote, payload)
-    except DecodeError:
-        return None
+    return peek(CoreVote, payload, VOTE_BYTES_MAX)
 
 
 def core_duty(core: LeaseCore) -> Duty:

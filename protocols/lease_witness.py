@@ -46,9 +46,9 @@ from protocols.deploy import (
 )
 from protocols.interpreter.events import OrderPlaced, SlotStarted
 from protocols.interpreter.state import ACTIVE, ORDER_OPEN, OrderState, State
-from protocols.lease_votes import REFUSED, Ballot, LeaseCore, aggregators, parse_core_vote
+from protocols.lease_votes import Ballot, LeaseCore, aggregators, parse_core_vote
 from protocols.params import Params
-from protocols.popw import VOTE_PROTOCOL
+from protocols.popw import REFUSED, VOTE_PROTOCOL
 from protocols.popw_votes import CERTIFICATE_TOPIC, is_core_vote
 from protocols.quorum import Committee, QuorumCertificate, ReadyCore, TicketCore, VerdictCore, WitnessCore
 from protocols.settlement import lease_windows

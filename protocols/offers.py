@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from kaisar_p2p.errors import DecodeError, SignatureError
-from kaisar_p2p.wire.codec import decode, encode
+from kaisar_p2p.wire.codec import encode
 from kaisar_p2p.wire.crypto import KeyPair
 from kaisar_p2p.wire.envelope import Verified, open_signed, seal
-from kaisar_p2p.wire.judge import judge_signature, peek_signed
+from kaisar_p2p.wire.judge import judge_signature, peek, peek_signed
 from kaisar_p2p.wire.money import planck_to_kai
 from protocols.actions import Action, BlockApplied, Event, Incoming, Reply
 from protocols.adverts import Spec, fits
@@ -68,7 +68,7 @@ def check_offer(
 
     `now` in seconds since the Unix epoch.
     """
-    refusal = _refusal(payload)
+    refusal = peek(Refusal, payload, OFFER_BYTES_MAX)
     if refusal is not None:
         return None, f"refused: {refusal.text or REFUSALS.get(refusal.code, 'no reason given')}"
     try:
@@ -95,13 +95,6 @@ def order_call(offer: Verified[Offer], spec: OrderSpec, points_planck: int = 0) 
     total = total_planck(offer.message.price_planck_per_hour, spec.duration_s)
     points = min(max(0, points_planck), total)
     return OrderPlace(spec, offer.envelope, total - points, points)
-
-
-def _refusal(payload: bytes) -> Refusal | None:
-    try:
-        return decode(Refusal, payload[:OFFER_BYTES_MAX])
-    except DecodeError:
-        return None
 
 
 # ── the worker's side ────────────────────────────────────────────────────────────────────────────────────────────────

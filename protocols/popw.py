@@ -11,7 +11,7 @@ from kaisar_p2p.wire import vrf
 from kaisar_p2p.wire.codec import U16, U32, U64, AtMost, Bytes12, Bytes32, Bytes64, Count, decode, encode, message
 from kaisar_p2p.wire.crypto import domain_hash, verify
 from kaisar_p2p.wire.envelope import Verified
-from kaisar_p2p.wire.judge import judge_signature, peek_signed
+from kaisar_p2p.wire.judge import judge_signature, peek, peek_signed
 from kaisar_p2p.wire.matproof import Job
 from kaisar_p2p.wire.verdict import Verdict
 from protocols.committees import check_committee, verify_certificate
@@ -29,6 +29,12 @@ from protocols.quorum import (
 
 CHALLENGE_PROTOCOL = "/kaisar/challenge/1"
 VOTE_PROTOCOL = "/kaisar/vote/1"
+COUNTED, REFUSED = b"\x01", b"\x00"
+"""The one frame that answers a vote."""
+VOTE_DEADLINE_S = 3.0
+AGGREGATORS = 2
+"""Members that get a vote at first; without a certificate as many more get it, until `MAX_AGGREGATORS` have."""
+MAX_AGGREGATORS = 6
 PASS, LATE, WRONG, SILENT, BADJOB = range(1, 6)
 VERDICT_NAMES = {PASS: "PASS", LATE: "LATE", WRONG: "WRONG", SILENT: "SILENT", BADJOB: "BADJOB"}
 TAG_BYTES_MAX = 4 << 20
@@ -253,11 +259,8 @@ def tags_bytes_max(job: Job) -> int:
 
 def validate_tags(data: bytes, job: Job) -> Tags | None:
     """The tags of a run if there is one for each tile; whether they match the roots is found when tiles are checked."""
-    if len(data) > tags_bytes_max(job):
-        return None
-    try:
-        tags = decode(Tags, data)
-    except DecodeError:
+    tags = peek(Tags, data, tags_bytes_max(job))
+    if tags is None:
         return None
     fits = len(tags.rounds) == job.rounds and all(len(sent) == 4 * job.tiles for sent in tags.rounds)
     return tags if fits else None

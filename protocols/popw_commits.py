@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kaisar_p2p.errors import DecodeError
-from kaisar_p2p.wire.codec import decode, encode
+from kaisar_p2p.wire.codec import encode
 from kaisar_p2p.wire.envelope import Signed
+from kaisar_p2p.wire.judge import peek
 from protocols.actions import Action, Note, Publish, Request
 from protocols.equivocation import EVIDENCE_TOPIC, DoubleCommit, context_of, verify_evidence
 from protocols.interpreter.state import State
@@ -24,12 +24,7 @@ REQUEST_BYTES_MAX = 64
 
 def parse_commit_request(payload: bytes) -> CommitRequest | None:
     """The request in a frame of `/kaisar/vote/1`, or None."""
-    if len(payload) > REQUEST_BYTES_MAX:
-        return None
-    try:
-        return decode(CommitRequest, payload)
-    except DecodeError:
-        return None
+    return peek(CommitRequest, payload, REQUEST_BYTES_MAX)
 
 
 @dataclass
@@ -56,11 +51,10 @@ class Commitments:
 
     def seen(self, envelope: bytes, state: State) -> list[Action]:
         """An envelope from anybody: evidence, once, if the worker signed in it another commitment than ours."""
-        if self.accused or not self.envelope or envelope == self.envelope or len(envelope) > ENVELOPE_BYTES_MAX:
+        if self.accused or not self.envelope or envelope == self.envelope:
             return []
-        try:
-            first, second = (decode(Signed, each) for each in sorted((self.envelope, envelope)))
-        except DecodeError:
+        first, second = (peek(Signed, each, ENVELOPE_BYTES_MAX) for each in sorted((self.envelope, envelope)))
+        if first is None or second is None:
             return []
         evidence = DoubleCommit(first, second)
         if verify_evidence(evidence, context_of(state)) is None:

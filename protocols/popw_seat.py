@@ -41,15 +41,20 @@ from protocols.equivocation import EVIDENCE_TOPIC, LazyCheck, WrongResult
 from protocols.interpreter.events import SlotStarted
 from protocols.interpreter.state import State
 from protocols.popw import (
+    AGGREGATORS,
     BADJOB,
     CHALLENGE_PROTOCOL,
+    COUNTED,
     ENVELOPE_BYTES_MAX,
     LATE,
+    MAX_AGGREGATORS,
     NO_COMMIT,
     NO_DIGEST,
     PASS,
+    REFUSED,
     SILENT,
     VERDICT_NAMES,
+    VOTE_DEADLINE_S,
     VOTE_PROTOCOL,
     WRONG,
     Assignment,
@@ -71,8 +76,6 @@ from protocols.popw import (
 from protocols.popw_commits import Commitments, parse_commit_request
 from protocols.popw_votes import (
     CERTIFICATE_TOPIC,
-    COUNTED,
-    REFUSED,
     Tally,
     is_core_vote,
     parse_vote,
@@ -87,11 +90,8 @@ MARGIN_S = 0.35
 """Beyond challenge wait and deadline: no honest commit is that late."""
 RETRY_S = 0.25
 """Between attempts to reach a worker, while it still waits for challenges."""
-VOTE_DEADLINE_S = 3.0
 VOTE_PATIENCE_S = 4.0
 """After this long without a certificate, the vote goes to the next two members as well."""
-AGGREGATORS = 2
-MAX_AGGREGATORS = 6
 
 
 class Stage(Enum):

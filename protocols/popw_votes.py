@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kaisar_p2p.errors import DecodeError
 from kaisar_p2p.wire import vrf
 from kaisar_p2p.wire.codec import decode, encode
 from kaisar_p2p.wire.crypto import sha256
+from kaisar_p2p.wire.judge import peek
 from kaisar_p2p.wire.matproof import samples
 from kaisar_p2p.wire.verdict import Verdict
 from protocols.actions import Action, Duty, Note, Publish
 from protocols.equivocation import EVIDENCE_TOPIC, DoubleVote, FalsePass, WrongResult
 from protocols.interpreter.state import State
-from protocols.popw import LATE, PASS, VERDICT_NAMES, Commit, Vote, commit_hash, validate_vote
+from protocols.popw import COUNTED, LATE, PASS, REFUSED, VERDICT_NAMES, Commit, Vote, commit_hash, validate_vote
 from protocols.quorum import MAX_SEATS, Committee, CoreVote, QuorumCertificate, SignedCore, VerdictCore, VoteCounter
 
 CERTIFICATE_TOPIC = "certificate"
 VOTE_BYTES_MAX = 1024
-COUNTED, REFUSED = b"\x01", b"\x00"
-"""The one frame that answers a vote."""
 
 
 def is_core_vote(payload: bytes) -> bool:
@@ -29,12 +27,7 @@ def is_core_vote(payload: bytes) -> bool:
 
 def parse_vote(payload: bytes) -> Vote | None:
     """The verdict vote in a frame, or None."""
-    if len(payload) > VOTE_BYTES_MAX:
-        return None
-    try:
-        return decode(Vote, payload)
-    except DecodeError:
-        return None
+    return peek(Vote, payload, VOTE_BYTES_MAX)
 
 
 def verdict_duty(core: VerdictCore) -> Duty:

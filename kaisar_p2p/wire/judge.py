@@ -1,4 +1,4 @@
-"""The first and the last step of every rule for signed messages: look without believing, and check the signature."""
+"""The first and the last step of the rules for messages: look without believing, and check the signature."""
 
 from __future__ import annotations
 
@@ -12,18 +12,24 @@ from kaisar_p2p.wire.verdict import Verdict
 M = TypeVar("M")
 
 
+def peek(cls: type[M], data: bytes, most: int) -> M | None:
+    """The message in a frame; None when it has more than `most` bytes or is malformed; never raises."""
+    if len(data) > most:
+        return None
+    try:
+        return decode(cls, data)
+    except DecodeError:
+        return None
+
+
 def peek_signed(cls: type[M], data: bytes, most: int) -> tuple[bytes, M] | None:
     """Signer and message of an envelope **before** its signature is checked, for the cheap rules.
 
     None when it has more than `most` bytes or is malformed; never raises.
     """
-    if len(data) > most:
-        return None
-    try:
-        signed = decode(Signed, data)
-        return signed.signer, decode(cls, signed.body)
-    except DecodeError:
-        return None
+    signed = peek(Signed, data, most)
+    body = peek(cls, signed.body, most) if signed is not None else None
+    return (signed.signer, body) if signed is not None and body is not None else None
 
 
 def judge_signature(cls: type[M], data: bytes, network: bytes) -> tuple[Verdict, str, Verified[M] | None]:
