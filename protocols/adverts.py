@@ -1,4 +1,4 @@
-"""Worker adverts and heartbeats: the newest of a worker wins, and expires."""
+"""Worker adverts and heartbeats: the newest of a worker counts, until it expires."""
 
 from __future__ import annotations
 
@@ -147,57 +147,3 @@ def _on_ledger(advert: WorkerAdvert, state: State) -> bool:
     if worker is not None:
         return worker.owner == advert.owner and worker.status != RETIRED
     return machine is not None and machine.owner == advert.owner and bool(machine.roles & PROVIDER)
-
-
-# ── the book ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class AdvertBook:
-    """The newest advert of each worker, until it expires. About 1 kB each, at most `capacity` of them."""
-
-    def __init__(self, ttl_ms: int, capacity: int = 100_000) -> None:
-        """`ttl_ms` after its issue an advert is gone (`Params.advert_ttl_ms`)."""
-        self._ttl_ms = ttl_ms
-        self._capacity = capacity
-        self._adverts: dict[bytes, Verified[WorkerAdvert]] = {}
-
-    def __len__(self) -> int:
-        return len(self._adverts)
-
-    def add(self, advert: Verified[WorkerAdvert], now: float) -> bool:
-        """Keep it if it is the worker's newest; `now` in seconds. False when it is old or the book is full."""
-        message = advert.message
-        held = self._adverts.get(message.worker)
-        if message.issued_ms + self._ttl_ms < now * 1000 or (held and held.message.issued_ms >= message.issued_ms):
-            return False
-        if held is None and len(self._adverts) >= self._capacity:
-            self.expire(now)
-            if len(self._adverts) >= self._capacity:
-                return False
-        self._adverts[message.worker] = advert
-        return True
-
-    def expire(self, now: float) -> int:
-        """Drop what is over; returns how many."""
-        old = [key for key, advert in self._adverts.items() if advert.message.issued_ms + self._ttl_ms < now * 1000]
-        for key in old:
-            del self._adverts[key]
-        return len(old)
-
-    def remove(self, worker: bytes) -> None:
-        """Forget a worker that has left."""
-        self._adverts.pop(worker, None)
-
-    def get(self, worker: bytes, now: float) -> Verified[WorkerAdvert] | None:
-        """The worker's advert if it is still valid."""
-        advert = self._adverts.get(worker)
-        return advert if advert and advert.message.issued_ms + self._ttl_ms >= now * 1000 else None
-
-    def current(self, now: float) -> tuple[Verified[WorkerAdvert], ...]:
-        """All valid adverts, sorted by worker."""
-        valid = [advert for advert in self._adverts.values() if advert.message.issued_ms + self._ttl_ms >= now * 1000]
-        return tuple(sorted(valid, key=lambda advert: advert.message.worker))
-
-    def matching(self, wanted: Spec, now: float) -> tuple[Verified[WorkerAdvert], ...]:
-        """Valid adverts whose free resources cover `wanted`, sorted by worker."""
-        return tuple(advert for advert in self.current(now) if fits(wanted, advert.message.free))

@@ -16,12 +16,17 @@ from protocols.interpreter.state import Registry, State
 from protocols.params import Params
 from protocols.quorum import MAX_SEATS, Committee, QuorumCertificate
 
+MEMBERS_MAX = 256
+"""Members of an epoch's committee: what a certificate's mask can name."""
 DRAWS_KEPT = 8_192
 """Committees that are remembered, about 0.5 kB each: an epoch's body asks for each of them several times."""
 
 
 def check_size(params: Params, eligible: int) -> tuple[int, int]:
-    """Seats and threshold of a check committee when `eligible` checkers have stake."""
+    """Seats and threshold of a check committee when `eligible` checkers have stake.
+
+    A committee is never "the first T of a larger draw": who answers first could then choose itself.
+    """
     if eligible >= params.small_swarm_checkers:
         return params.committee_seats, params.committee_threshold
     if eligible >= params.small_committee_seats:
@@ -77,16 +82,30 @@ def verify_certificate(certificate: QuorumCertificate, committee: Committee, net
     )
 
 
+def epoch_members(registry: Registry) -> Registry:
+    """Who closes an epoch: everybody up to 256 checkers, else the 256 largest stakes (of equal ones the smallest keys).
+
+    In the registry's order, which is also that of a certificate's mask.
+    """
+    return registry if len(registry) <= MEMBERS_MAX else _largest(registry)
+
+
+@lru_cache(maxsize=4)
+def _largest(registry: Registry) -> Registry:
+    return tuple(sorted(sorted(registry, key=lambda entry: (-entry[1], entry[0]))[:MEMBERS_MAX]))
+
+
 def header_stake(certificate: EpochCertificate, registry: Registry) -> tuple[int, int]:
-    """Stake that the mask claims, and stake in all; (0, total) for a mask that does not fit.
+    """Stake that the mask claims, and that of all `epoch_members`; (0, total) for a mask that does not fit.
 
     Signatures are not looked at.
     """
-    total = sum(stake for _, stake in registry)
-    members = _masked(certificate.mask)
-    if len(members) != len(certificate.signatures) or (members and members[-1] >= len(registry)):
+    members = epoch_members(registry)
+    total = sum(stake for _, stake in members)
+    masked = _masked(certificate.mask)
+    if len(masked) != len(certificate.signatures) or (masked and masked[-1] >= len(members)):
         return 0, total
-    return sum(registry[member][1] for member in members), total
+    return sum(members[member][1] for member in masked), total
 
 
 def is_supermajority(signed: int, total: int) -> bool:
@@ -95,12 +114,13 @@ def is_supermajority(signed: int, total: int) -> bool:
 
 
 def verify_header(certificate: EpochCertificate, header: EpochHeader, registry: Registry, network: bytes) -> bool:
-    """Whether members with ≥ 2/3 of the registry's stake signed this header; cheap checks come before signatures."""
+    """Whether members with ≥ 2/3 of the members' stake signed this header; cheap checks come before signatures."""
     if not is_supermajority(*header_stake(certificate, registry)):
         return False
     vote = encode(HeaderVote(header.epoch, header.round, header_hash(header, network)))
+    members = epoch_members(registry)
     return all(
-        verify(registry[member][0], HeaderVote.DOMAIN, network, vote, signature)
+        verify(members[member][0], HeaderVote.DOMAIN, network, vote, signature)
         for member, signature in zip(_masked(certificate.mask), certificate.signatures, strict=True)
     )
 

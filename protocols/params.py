@@ -28,7 +28,6 @@ class Params:
     small_committee_threshold: int = 11
     small_swarm_checkers: int = 100
     standby_check_permille: int = 50
-    epoch_committee_max: int = 256
     # the compute proof
     job_n: int = 16384
     job_k: int = 16384
@@ -99,10 +98,6 @@ class Params:
     def epoch_of_slot(self, slot: int) -> int:
         """The epoch of a slot."""
         return slot // self.epoch_slots
-
-    def starts_slot(self, block: int) -> bool:
-        """True for the first block of a slot."""
-        return block % self.slot_blocks == 0
 
     def ends_epoch(self, block: int) -> bool:
         """True for the last block of an epoch."""

@@ -32,7 +32,6 @@ from protocols.interpreter.state import Registry
 
 FORMAT = "kaisar-reward-proof/1"
 FILE_BYTES_MAX = 1 << 18
-PROOF_BYTES_MAX = 600
 _KEYS = {"format", "network", "header", "certificate", "registry", "proof"}
 _HINT = "export it again with a node that holds the epoch"
 

@@ -17,27 +17,9 @@ from itertools import accumulate
 
 from kaisar_p2p.wire.crypto import domain
 
-LARGE_REGISTRY = 100
-"""Eligible checkers from which a check committee has its full size."""
-LARGE_COMMITTEE = (24, 16)
-SMALL_COMMITTEE = (16, 11)
-
 _REJECTIONS = 4096
 _FRACTION_BITS = 256
 _SPARE_BITS = 128
-
-
-def committee_size(eligible: int) -> tuple[int, int]:
-    """Seats and quorum threshold (k, T) of a check committee when `eligible` checkers can be drawn.
-
-    With fewer than 16 all of them sit and T = ⌊2k/3⌋ + 1; with none it is (0, 0). A committee is never "the
-    first T of a larger draw": who answers first could then choose itself.
-    """
-    if eligible >= LARGE_REGISTRY:
-        return LARGE_COMMITTEE
-    if eligible >= SMALL_COMMITTEE[0]:
-        return SMALL_COMMITTEE
-    return (eligible, 2 * eligible // 3 + 1) if eligible > 0 else (0, 0)
 
 
 def committee(

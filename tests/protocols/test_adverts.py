@@ -1,4 +1,4 @@
-"""Adverts and heartbeats: rules of the topics, and the book of the newest."""
+"""Adverts and heartbeats: rules of the topics."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from immutables import Map
 
 from kaisar_p2p.wire.crypto import KeyPair
-from kaisar_p2p.wire.envelope import Verified, open_signed, seal
+from kaisar_p2p.wire.envelope import seal
 from kaisar_p2p.wire.verdict import Verdict
 from protocols.adverts import (
     GPU_CLASS,
-    AdvertBook,
     Heartbeat,
     Spec,
     WorkerAdvert,
@@ -53,10 +52,6 @@ def advert(keys: KeyPair = KEYS[0], issued_ms: int = NOW_MS) -> WorkerAdvert:
 
 def judge(one: WorkerAdvert, keys: KeyPair = KEYS[0], state: State = STATE) -> Verdict:
     return validate_advert(seal(one, keys, NETWORK), NOW, state)[0]
-
-
-def opened(one: WorkerAdvert, keys: KeyPair = KEYS[0]) -> Verified[WorkerAdvert]:
-    return open_signed(WorkerAdvert, seal(one, keys, NETWORK), NETWORK)
 
 
 @pytest.mark.parametrize("keys", KEYS[:2])  # a registered worker, and a bound machine that is about to register
@@ -128,50 +123,6 @@ def test_no_bytes_raise_and_no_changed_byte_is_accepted(data: bytes, position: i
     assert validate_advert(bytes(changed), NOW, STATE)[0] is not Verdict.ACCEPT
     assert validate_advert(data[: position % (len(data) + 1)], NOW, STATE)[0] in Verdict
     assert validate_heartbeat(bytes(changed), NOW, STATE)[0] is not Verdict.ACCEPT
-
-
-def test_the_newest_advert_of_a_worker_wins_until_it_expires() -> None:
-    book = AdvertBook(ttl_ms=1000)
-    assert book.add(opened(advert()), NOW)
-    assert not book.add(opened(advert()), NOW)
-    assert book.add(opened(replace(advert(issued_ms=NOW_MS + 500), workload_permille=7)), NOW)
-    assert not book.add(opened(advert(issued_ms=NOW_MS + 400)), NOW)
-    held = book.get(KEYS[0].public_key, NOW + 1.4)
-    assert held is not None and held.message.workload_permille == 7
-    assert book.get(KEYS[0].public_key, NOW + 1.6) is None
-    assert book.current(NOW + 1.6) == ()
-    assert book.expire(NOW + 1.6) == 1 and len(book) == 0
-
-
-def test_the_book_is_bounded_and_makes_room_for_the_living() -> None:
-    book = AdvertBook(ttl_ms=1000, capacity=2)
-    assert book.add(opened(advert()), NOW)
-    assert book.add(opened(advert(KEYS[1]), KEYS[1]), NOW)
-    assert not book.add(opened(advert(KEYS[2]), KEYS[2]), NOW)
-    assert book.add(opened(advert(KEYS[2], NOW_MS + 2000), KEYS[2]), NOW + 2.0)
-    assert len(book) == 1
-    book.remove(KEYS[2].public_key)
-    assert len(book) == 0
-
-
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 50)), max_size=40))
-def test_the_book_holds_the_maximum_of_each_worker(entries: list[tuple[int, int]]) -> None:
-    book, newest = AdvertBook(ttl_ms=10**6), dict[int, int]()
-    for index, offset in entries:
-        added = book.add(opened(advert(KEYS[index], NOW_MS + offset), KEYS[index]), NOW)
-        assert added == (offset > newest.get(index, -1))
-        newest[index] = max(newest.get(index, -1), offset)
-    assert {a.message.worker: a.message.issued_ms for a in book.current(NOW)} == {
-        KEYS[index].public_key: NOW_MS + offset for index, offset in newest.items()
-    }
-
-
-def test_matching_looks_at_what_is_free() -> None:
-    book = AdvertBook(ttl_ms=1000)
-    book.add(opened(replace(advert(), free=replace(SPEC, gpus=0))), NOW)
-    book.add(opened(advert(KEYS[1]), KEYS[1]), NOW)
-    assert [found.message.worker for found in book.matching(SPEC, NOW)] == [KEYS[1].public_key]
-    assert len(book.matching(replace(SPEC, gpus=0), NOW)) == 2
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from protocols.committees import (
     check_size,
     deploy_committee,
     deploy_size,
+    epoch_members,
     header_stake,
     is_supermajority,
     verify_certificate,
@@ -25,7 +26,6 @@ from protocols.epochs import EpochCertificate
 from protocols.interpreter.state import State
 from protocols.params import DEMO, MAINNET
 from protocols.quorum import Committee, QuorumCertificate, ReadyCore
-from protocols.sortition import committee_size
 
 NETWORK = bytes(32)
 PAIRS = [KeyPair.from_seed(sha256(bytes([seat])).digest()) for seat in range(7)]
@@ -38,9 +38,21 @@ def certificate(seats, core=CORE):
     return QuorumCertificate(core, sum(1 << seat for seat in seats), signatures)
 
 
-@pytest.mark.parametrize("eligible", [0, 1, 2, 3, 4, 15, 16, 17, 99, 100, 5000])
-def test_check_sizes_are_those_of_the_draw(eligible):
-    assert check_size(MAINNET, eligible) == committee_size(eligible)
+@pytest.mark.parametrize(
+    ("eligible", "size"),
+    [
+        (0, (0, 0)), (1, (1, 1)), (2, (2, 2)), (3, (3, 3)), (4, (4, 3)), (7, (7, 5)), (15, (15, 11)),
+        (16, (16, 11)), (17, (16, 11)), (99, (16, 11)), (100, (24, 16)), (10**6, (24, 16)),
+    ],
+)  # fmt: skip
+def test_check_sizes(eligible, size):
+    assert check_size(MAINNET, eligible) == size
+
+
+@given(st.integers(1, 10**6))
+def test_two_quorums_share_a_third_of_the_seats(eligible):
+    for k, threshold in (check_size(MAINNET, eligible), deploy_size(MAINNET, eligible)):
+        assert 0 < threshold <= k and 3 * (2 * threshold - k) >= k
 
 
 @pytest.mark.parametrize(
@@ -104,3 +116,20 @@ def test_two_thirds():
     assert is_supermajority(40, 60)
     assert not is_supermajority(39, 60)
     assert not is_supermajority(0, 0)
+
+
+def test_a_large_registry_can_still_be_certified():
+    """Its epochs are signed by the 256 largest stakes: keys are free to grind, so their order must not decide."""
+    cheap = [(index.to_bytes(32, "big"), 100) for index in range(300)]
+    honest = [(b"\xff" * 31 + bytes([index]), 5_000) for index in range(40)]
+    registry = tuple(cheap + honest)
+    members = epoch_members(registry)
+    assert len(members) == 256 and set(honest) <= set(members) <= set(registry)
+    assert list(members) == sorted(members)
+    everybody = EpochCertificate(b"\xff" * 32, (bytes(64),) * 256)
+    signed, total = header_stake(everybody, registry)
+    assert signed == total == 40 * 5_000 + 216 * 100
+    only_honest = EpochCertificate(bytes(27) + b"\xff" * 5, (bytes(64),) * 40)
+    assert is_supermajority(*header_stake(only_honest, registry))
+    assert epoch_members(registry[:256]) == registry[:256]
+    assert epoch_members(tuple((key, 1) for key, _ in registry)) == tuple((key, 1) for key, _ in registry[:256])

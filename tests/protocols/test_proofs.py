@@ -30,7 +30,6 @@ from protocols.epochs import (
 )
 from protocols.popw import PASS
 from protocols.proofs import (
-    PROOF_BYTES_MAX,
     NothingToProve,
     ProofInvalid,
     export_reward,
@@ -108,7 +107,7 @@ def test_a_proof_among_4096_leaves_has_at_most_600_bytes(tree: int) -> None:
     for index in (0, 1, 2047, 4095):
         proof = prove_leaf(body, tree, index, NETWORK)
         assert verify_leaf(proof, header_of(body))
-        assert len(encode(proof)) <= PROOF_BYTES_MAX
+        assert len(encode(proof)) <= 600
 
 
 def test_every_tree_has_proofs() -> None:

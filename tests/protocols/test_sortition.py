@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kaisar_p2p.wire.crypto import domain
-from protocols.sortition import committee, committee_size, draw, draw_committee
+from protocols.sortition import committee, draw, draw_committee
 
 VECTOR_PATH = Path(__file__).parents[1] / "vectors"
 VECTORS = json.loads((VECTOR_PATH / "popw.json").read_text())
@@ -77,23 +77,6 @@ def test_seats_come_in_proportion_to_stake() -> None:
     firsts = [draw_committee(b"", index.to_bytes(4, "big"), b"", stakes, 1)[0] for index in range(4000)]
     rich = sum(first < 10 for first in firsts)
     assert abs(rich - 1000) < 5 * (4000 * 0.25 * 0.75) ** 0.5
-
-
-@pytest.mark.parametrize(
-    ("eligible", "size"),
-    [
-        (-1, (0, 0)), (0, (0, 0)), (1, (1, 1)), (2, (2, 2)), (3, (3, 3)), (4, (4, 3)), (7, (7, 5)), (15, (15, 11)),
-        (16, (16, 11)), (99, (16, 11)), (100, (24, 16)), (10**6, (24, 16)),
-    ],
-)  # fmt: skip
-def test_committee_sizes(eligible: int, size: tuple[int, int]) -> None:
-    assert committee_size(eligible) == size
-
-
-@given(st.integers(1, 10**6))
-def test_two_quorums_share_a_third_of_the_seats(eligible: int) -> None:
-    k, threshold = committee_size(eligible)
-    assert 0 < threshold <= k and 3 * (2 * threshold - k) >= k
 
 
 @given(st.binary(min_size=64, max_size=64), st.integers(0, 10**9), st.integers(1, 2000), st.integers(1, 10**9))

@@ -192,7 +192,7 @@ class World:
         number, time_ms = self.state.number + 1, round(self.now * 1000)
         state = replace(self.state, number=number, time_ms=time_ms, block_hash=number.to_bytes(32, "big"))
         told = list(events)
-        if PARAMS.starts_slot(number):
+        if number % PARAMS.slot_blocks == 0:
             slot = PARAMS.slot_of(number)
             state = replace(state, beacons=state.beacons.set(slot, state.block_hash))
             told.insert(0, SlotStarted(slot))

@@ -99,7 +99,7 @@ def test_every_window_is_witnessed_until_the_time_is_over_then_the_lease_expires
 
 def test_probes_come_at_different_moments_and_early_in_the_window(world: Any) -> None:
     world.running()
-    world.until(lambda: world.state.slot > 3 and PARAMS.starts_slot(world.state.number))
+    world.until(lambda: world.state.slot > 3 and world.state.number % PARAMS.slot_blocks == 0)
     start = world.now
     moments = []
     original = world.do
