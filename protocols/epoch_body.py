@@ -13,7 +13,7 @@ from functools import cached_property
 from kaisar_p2p.wire import merkle, vrf
 from kaisar_p2p.wire.codec import encode
 from kaisar_p2p.wire.crypto import domain, domain_hash
-from protocols.committees import check_committee, verify_certificate
+from protocols.committees import check_committee, epoch_members, verify_certificate
 from protocols.deploy import DOWN, GONE, WITNESSED
 from protocols.digests import registry_root
 from protocols.epochs import (
@@ -286,7 +286,7 @@ def check_body(header: EpochHeader, body: EpochBody, state: State, base: Base, s
 
 
 def _check_reveals(body: EpochBody, state: State, known: Known) -> str:
-    members = {key for key, stake in state.registries.get(body.epoch, ()) if stake > 0}
+    members = {key for key, stake in epoch_members(state.registries.get(body.epoch, ())) if stake > 0}
     alpha = mix_input(state, body.epoch)
     keys = [reveal.key for reveal in body.reveals]
     if len(set(keys)) != len(keys) or not members.issuperset(keys):

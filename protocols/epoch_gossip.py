@@ -15,6 +15,7 @@ from kaisar_p2p.wire.codec import decode, decode_any
 from kaisar_p2p.wire.crypto import domain_hash
 from kaisar_p2p.wire.envelope import Signed, Verified, open_signed
 from kaisar_p2p.wire.verdict import Verdict
+from protocols.committees import epoch_members
 from protocols.digests import registry_root
 from protocols.epoch_body import last_slot_of, mix_input
 from protocols.epochs import EpochHeader, HeaderProposal, HeaderVote, MixReveal
@@ -59,8 +60,8 @@ def validate_epoch(
     reason = _not_now(state, epoch)
     if reason:
         return Verdict.IGNORE, reason, None
-    # [REJECT] The sender is in the registry of the epoch, with stake.
-    if not any(key == signed.signer and stake > 0 for key, stake in state.registries[epoch]):
+    # [REJECT] The sender is a member of the epoch's committee, with stake.
+    if not any(key == signed.signer and stake > 0 for key, stake in epoch_members(state.registries[epoch])):
         return Verdict.REJECT, "the sender is not in the epoch's registry", None
     reason = _impossible(message, signed.signer, state)
     if reason:
@@ -124,5 +125,5 @@ def _root(registry: Registry) -> bytes:
 
 @lru_cache(maxsize=4)
 def _shuffled(beacon: bytes, registry: Registry, network: bytes) -> tuple[bytes, ...]:
-    members = (key for key, stake in registry if stake > 0)
+    members = (key for key, stake in epoch_members(registry) if stake > 0)
     return tuple(sorted(members, key=lambda key: domain_hash("kaisar/turn", network, beacon, key)))

@@ -28,6 +28,7 @@ from protocols.actions import (
     Submit,
     Wake,
 )
+from protocols.committees import epoch_members
 from protocols.digests import header_hash
 from protocols.epoch_body import (
     Known,
@@ -328,7 +329,8 @@ class EpochMachine:
             return  # written by another version: it comes again with the next body
 
     def _is_member(self, state: State, epoch: int) -> bool:
-        return any(key == self._keys.public_key and stake > 0 for key, stake in state.registries.get(epoch, ()))
+        members = epoch_members(state.registries.get(epoch, ()))
+        return any(key == self._keys.public_key and stake > 0 for key, stake in members)
 
     def _grace_slot(self, ended: State) -> int:
         """What was known in this slot or before, a proposer must have known too."""

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from kaisar_p2p.wire.codec import decode
 from kaisar_p2p.wire.envelope import Signed
-from protocols.committees import is_supermajority
+from protocols.committees import epoch_members, is_supermajority
 from protocols.digests import header_hash
 from protocols.epoch_gossip import MAX_ROUNDS
 from protocols.epochs import EpochCertificate, EpochHeader, HeaderVote, MixReveal, SignedReveal
@@ -16,8 +16,6 @@ from protocols.interpreter.audit import state_root
 from protocols.interpreter.state import Registry, State
 
 BODIES_KEPT = 8
-MASK_BITS = 256
-"""Members that a certificate's mask can name."""
 
 
 @dataclass(frozen=True)
@@ -138,14 +136,14 @@ class Tally:
         if round_ not in self._proposals:
             return None
         header, digest = self._proposals[round_]
-        ballots = self._votes.get(round_, {})
+        ballots, members = self._votes.get(round_, {}), epoch_members(registry)
         agreeing = [
             (index, stake, ballots[key][1])
-            for index, (key, stake) in enumerate(registry[:MASK_BITS])
+            for index, (key, stake) in enumerate(members)
             if key in ballots and ballots[key][0] == digest
         ]
-        if not is_supermajority(sum(stake for _, stake, _ in agreeing), sum(stake for _, stake in registry)):
+        if not is_supermajority(sum(stake for _, stake, _ in agreeing), sum(stake for _, stake in members)):
             return None
         bits = sum(1 << index for index, _, _ in agreeing)
-        mask = bits.to_bytes((min(len(registry), MASK_BITS) + 7) // 8, "little")
+        mask = bits.to_bytes((len(members) + 7) // 8, "little")
         return Quorum(header, digest, EpochCertificate(mask, tuple(signature for _, _, signature in agreeing)))
