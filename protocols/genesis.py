@@ -32,7 +32,8 @@ _KEYS = {"name", "preset", "params", "time_ms", "treasury_kai", "allocations"}
 _ALLOCATION_KEYS = {"account", "balance_kai", "points_kai"}
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 _ACCOUNT = re.compile(r"[0-9a-f]{64}")
-_AT_LEAST_ONE = ("block_ms", "slot_blocks", "epoch_slots", "kept_epochs", "max_open_orders")
+_AT_LEAST_ONE = ("block_ms", "slot_blocks", "epoch_slots", "kept_epochs", "max_open_orders", "proposer_timeout_ms")
+_SHARES = ("referral_permille", "provider_fault_permille", "checker_share_permille", "delivery_ratio_permille")
 _HINT = "compare the genesis document with the example in protocols/README.md"
 
 
@@ -66,7 +67,7 @@ class Genesis:
         for name in _AT_LEAST_ONE:
             if getattr(params, name) < 1:
                 raise _wrong(f"parameter {name} must be at least 1")
-        for name in ("referral_permille", "provider_fault_permille", "checker_share_permille"):
+        for name in _SHARES:
             if getattr(params, name) > PERMILLE:
                 raise _wrong(f"parameter {name} is at most {PERMILLE}")
         for name in ("committee", "small_committee", "deploy"):

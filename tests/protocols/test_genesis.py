@@ -91,6 +91,8 @@ def test_what_is_written_is_read_back(allocations, treasury, overrides):
         (document(params={"epoch_slots": 1.5}), "must be a non-negative integer"),
         (document(params={"epoch_slots": 0}), "epoch_slots must be at least 1"),
         (document(params={"referral_permille": 1001}), "referral_permille is at most 1000"),
+        (document(params={"delivery_ratio_permille": 1001}), "delivery_ratio_permille is at most 1000"),
+        (document(params={"proposer_timeout_ms": 0}), "proposer_timeout_ms must be at least 1"),
         (document(params={"deploy_threshold": 3}), "a threshold of 3 out of 7"),
         (document(params={"committee_seats": 65, "committee_threshold": 40}), "out of 65 seats"),
         (document(time_ms=None), "time_ms must be"),

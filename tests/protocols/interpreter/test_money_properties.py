@@ -51,7 +51,11 @@ def test_money_is_conserved_by_any_calls(new_chain):
         @initialize(as_points=st.sampled_from([0, 1]), fault=st.sampled_from([0, 100, 1000]), working=st.booleans())
         def start(self, as_points, fault, working):
             self.chain = new_chain(
-                points_planck=5 * KAI, refund_as_points=as_points, provider_fault_permille=fault, kept_epochs=3
+                points_planck=5 * KAI,
+                refund_as_points=as_points,
+                provider_fault_permille=fault,
+                kept_epochs=3,
+                release_epochs=2,
             )
             self.chain.block()
             if working:
@@ -120,7 +124,7 @@ def test_money_is_conserved_by_any_calls(new_chain):
             call = self.chain.place_call(nonce, None, points, escrow, price_planck_per_hour=price)
             self.chain.run(name, call)
 
-        @rule(name=st.sampled_from(("alice", "bob")), order=st.integers(0, 5))
+        @rule(name=st.sampled_from(("alice", "bob", "provider")), order=st.integers(0, 5))
         def cancel(self, name, order):
             self.chain.run(name, calls.OrderCancel(self.order_id(order)))
 
