@@ -155,7 +155,7 @@ def _assemble(
         store=store,
         inbox=inbox,
         clock=clock,
-        computer=Computer(select_backend()),
+        computer=Computer(select_backend("auto" if "provider" in config.node.roles else "numpy")),  # others only check
         submitter=CallSubmitter(chain, wallet),
         containers=Containers(runtime, inbox) if runtime is not None else None,
         prober=tunnels,

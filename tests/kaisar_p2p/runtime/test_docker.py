@@ -311,8 +311,9 @@ async def test_stop_asks_removes_and_may_be_repeated(engine: FakeEngine, runtime
 
 
 async def test_wait_gives_the_exit_code(
-    engine: FakeEngine, runtime: DockerRuntime, autojump_clock: trio.testing.MockClock
+    engine: FakeEngine, runtime: DockerRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("kaisar_p2p.runtime.docker.EXIT_CONFIRM_S", 0.001)  # a mock clock would outrun the threads
     await runtime.start(spec())
     engine.here[0].ended(9)
     assert await runtime.wait(LEASE) == 9

@@ -124,6 +124,16 @@ async def test_a_node_starts_answers_and_ends_without_a_trace(home: Callable[...
         assert store.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
+@pytest.mark.parametrize("role", ["client", "checker"])
+async def test_who_proves_nothing_looks_for_no_gpu(
+    home: Callable[..., Config], caplog: pytest.LogCaptureFixture, role: str
+) -> None:
+    caplog.set_level("INFO")
+    async with running(home(node__roles=[role])):
+        pass
+    assert not [record.message for record in caplog.records if "proofs run on" in record.message]
+
+
 async def test_a_call_becomes_final(home: Callable[..., Config]) -> None:
     async with running(home()) as node:
         result = await node.call(Transfer(b"\x07" * 32, KAI))
