@@ -13,6 +13,7 @@ from kaisar_p2p.wire.codec import U8, U16, U32, U64, AtMost, Bytes32, Count, Pla
 from protocols.adverts import Spec
 
 OFFER_PROTOCOL = "/kaisar/offer/1"
+SECONDS_PER_HOUR = 3600
 
 
 @message(60)
@@ -121,4 +122,4 @@ def workload_fault(workload: Workload) -> str:
 
 def total_planck(price_planck_per_hour: int, duration_s: int) -> int:
     """What an order locks: the price of its whole duration in planck, rounded up."""
-    return -(-price_planck_per_hour * duration_s // 3600)
+    return -(-price_planck_per_hour * duration_s // SECONDS_PER_HOUR)

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from protocols.deploy import CANCELLED, COMPLETED, EXPIRED, FAILED, OPEN, UP
 from protocols.epochs import LeaseLeaf
 from protocols.interpreter.state import ORDER_CANCELLED, ORDER_CLOSED, ORDER_OPEN, OrderState
+from protocols.orders import SECONDS_PER_HOUR
 from protocols.params import Params
 from protocols.quorum import QuorumCertificate, WitnessCore
 
-SECONDS_PER_HOUR = 3600
 NEVER = 0
 """`first_window` and `last_window` of a lease that was never UP: no order can be placed before slot 0 has passed."""
 
@@ -25,10 +25,9 @@ NEVER = 0
 MASK_WINDOWS = 32
 
 
-def cost_planck(price_planck_per_hour: int, seconds: int, *, round_up: bool = False) -> int:
-    """Price of so many seconds, in planck: rounded up for what a client locks, down for what a provider is paid."""
-    product = price_planck_per_hour * seconds
-    return -(-product // SECONDS_PER_HOUR) if round_up else product // SECONDS_PER_HOUR
+def cost_planck(price_planck_per_hour: int, seconds: int) -> int:
+    """What a provider is paid for so many seconds, in planck, rounded down; `total_planck` is what was locked."""
+    return price_planck_per_hour * seconds // SECONDS_PER_HOUR
 
 
 def lease_windows(duration_s: int, params: Params) -> int:

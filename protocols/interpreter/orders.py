@@ -16,7 +16,7 @@ from protocols.interpreter.draft import Draft, Refused
 from protocols.interpreter.events import LeaseSettled, OrderEnded, OrderPlaced
 from protocols.interpreter.proofs import proven_leaf
 from protocols.interpreter.state import ACTIVE, ORDER_CANCELLED, ORDER_CLOSED, ORDER_OPEN, OrderState, WorkerState
-from protocols.orders import Offer
+from protocols.orders import Offer, total_planck
 from protocols.params import PERMILLE
 from protocols.quorum import Committee
 from protocols.settlement import cost_planck
@@ -27,7 +27,7 @@ def place(draft: Draft, signer: bytes, call: OrderPlace, order_id: bytes) -> byt
     offer = _open_offer(draft, call)
     worker = _check_offer(draft, signer, call, offer)
     _check_capacity(draft, offer.worker, worker.spec, call.spec.resources)
-    cost = cost_planck(offer.price_planck_per_hour, call.spec.duration_s, round_up=True)
+    cost = total_planck(offer.price_planck_per_hour, call.spec.duration_s)
     if call.escrow_planck + call.points_planck != cost:
         raise Refused("escrow and points are not exactly the price of the duration")
     account = draft.payer(signer, call.escrow_planck)

@@ -12,6 +12,7 @@ from protocols.adverts import CPU_CLASS, Spec
 from protocols.deploy import CANCELLED, COMPLETED, DOWN, EXPIRED, FAILED, GONE, OPEN, UP
 from protocols.epochs import LeaseLeaf
 from protocols.interpreter.state import ORDER_CANCELLED, ORDER_CLOSED, OrderState
+from protocols.orders import total_planck
 from protocols.params import DEMO, KAI
 from protocols.quorum import QuorumCertificate, WitnessCore
 from protocols.settlement import NEVER, cost_planck, lease_leaf, lease_windows, needs_leaf, up_windows
@@ -48,7 +49,7 @@ def settle(
 
 @given(st.integers(0, 10**24), st.integers(0, 10**8))
 def test_locked_covers_paid_and_differs_by_less_than_one(price: int, seconds: int) -> None:
-    paid, locked = cost_planck(price, seconds), cost_planck(price, seconds, round_up=True)
+    paid, locked = cost_planck(price, seconds), total_planck(price, seconds)
     assert paid * 3600 <= price * seconds <= locked * 3600
     assert locked - paid in (0, 1)
 
