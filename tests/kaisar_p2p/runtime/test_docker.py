@@ -14,7 +14,6 @@ from typing import Any
 import docker
 import pytest
 import requests
-import trio
 from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 
 from kaisar_p2p.errors import ContainerError, RuntimeUnavailable
