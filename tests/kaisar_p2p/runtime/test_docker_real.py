@@ -1,46 +1,38 @@
-"""The Docker runtime against a real engine (`just test-docker`); needs no registry.
-
-The image is any local one that has a shell and Python (`KAISAR_TEST_IMAGE`, else `python:3.11-slim`); where it is
-missing the tests are skipped.
-"""
+"""The Docker runtime against a real engine: programs, isolation and limits, logs, commands (`just test-docker`)."""
 
 from __future__ import annotations
 
 import io
-import os
 import secrets
 import socket
 import tarfile
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import docker
 import pytest
 import trio
-from docker.errors import ImageNotFound
 
 from kaisar_p2p.errors import ContainerError
-from kaisar_p2p.runtime import (
-    ContainerRuntime,
-    ContainerSpec,
-    ContainerStatus,
-    docker_engine,
-    docker_streams,
-    select_runtime,
-)
 from kaisar_p2p.runtime import docker as docker_runtime
-from kaisar_p2p.runtime.docker import MAX_STREAMS, DockerRuntime, open_docker
+from kaisar_p2p.runtime import docker_engine, select_runtime
+from kaisar_p2p.runtime.docker import MAX_STREAMS, DockerRuntime
 from kaisar_p2p.runtime.docker_options import CAPABILITIES, LEASE_LABEL, NODE_LABEL
 from kaisar_p2p.runtime.reach import answers
+from tests.kaisar_p2p.runtime.conftest import (
+    FOREVER,
+    IMAGE,
+    SERVER,
+    of_node,
+    output,
+    ran,
+    spec,
+    told,
+    until,
+    until_answers,
+)
 
 pytestmark = pytest.mark.docker
 
-IMAGE = os.environ.get("KAISAR_TEST_IMAGE", "python:3.11-slim")
-FOREVER = ("sleep", "1000")
 CAPABILITY_NUMBERS = {"CHOWN": 0, "DAC_OVERRIDE": 1, "FOWNER": 3, "KILL": 5, "SETGID": 6, "SETUID": 7}
 CAPABILITY_NUMBERS["NET_BIND_SERVICE"] = 10
 HOG = "b = []\nwhile True: b.append(bytearray(8 << 20))"
@@ -52,82 +44,6 @@ try:
 except OSError: pass
 print(len(crowd), flush=True)
 """
-SERVER = ("{python}", "-u", "-m", "http.server", "--bind", "{host}", "{port:8080}")
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[Any]:
-    client = docker.from_env()
-    try:
-        client.images.get(IMAGE)
-    except ImageNotFound:
-        client.close()
-        pytest.skip(f"the image {IMAGE} is not in this engine (docker pull {IMAGE}, or set KAISAR_TEST_IMAGE)")
-    yield client
-    client.close()
-
-
-def of_node(client: Any, node_id: str) -> list[Any]:
-    return list(client.containers.list(all=True, filters={"label": f"{NODE_LABEL}={node_id}"}))
-
-
-@pytest.fixture
-def node_id(client: Any) -> Iterator[str]:
-    """A node of this test alone; its containers are removed whatever happens."""
-    name = secrets.token_hex(8)
-    yield name
-    for container in of_node(client, name):
-        container.remove(force=True, v=True)
-
-
-@pytest.fixture
-async def runtime(node_id: str, monkeypatch: pytest.MonkeyPatch) -> DockerRuntime:
-    monkeypatch.setattr(docker_runtime, "EXIT_CONFIRM_S", 0.1)
-    return await open_docker(node_id)
-
-
-def spec(*command: str, **changes: Any) -> ContainerSpec:
-    plain = ContainerSpec(secrets.token_hex(32), IMAGE, command or FOREVER, (), (), 1, 128, 64, 0)
-    return replace(plain, **changes)
-
-
-async def output(runtime: ContainerRuntime, lease: str) -> str:
-    return b"".join([chunk async for chunk in runtime.logs(lease, follow=False, tail_bytes=1 << 20)]).decode()
-
-
-async def ran(runtime: ContainerRuntime, made: ContainerSpec) -> tuple[int, str]:
-    """Exit code and output of a program that ends by itself."""
-    await runtime.start(made)
-    with trio.fail_after(60):
-        code = await runtime.wait(made.lease)
-    return code, await output(runtime, made.lease)
-
-
-async def told(runtime: ContainerRuntime, lease: str, *command: str, stdin: bytes = b"") -> tuple[int, bytes, bytes]:
-    """Exit code, output and errors of a command."""
-    found = {1: b"", 2: b""}
-    with trio.fail_after(60):
-        async with runtime.exec(lease, command) as session:
-            if stdin:
-                await session.send(stdin)
-            await session.send_eof()
-            async for channel, data in session.output():
-                found[channel] += data
-            return await session.exit_code(), found[1], found[2]
-
-
-async def until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
-    """Ask an engine until it is so."""
-    with trio.fail_after(timeout_s):
-        while not await trio.to_thread.run_sync(condition):  # noqa: ASYNC110
-            await trio.sleep(0.05)
-
-
-async def until_answers(address: tuple[str, int]) -> None:
-    """Until a program listens."""
-    with trio.fail_after(30):
-        while not await answers(address, 1):  # noqa: ASYNC110
-            await trio.sleep(0.1)
 
 
 # ── start, reach, stop ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -491,209 +407,3 @@ async def test_a_command_ends_with_its_lease(client: Any, runtime: DockerRuntime
                 channels.append(channel)
                 await runtime.stop(made.lease, 0)
     assert channels == [1]
-
-
-# ── restarts, and engines that go away ───────────────────────────────────────────────────────────────────────────────
-
-
-async def test_a_node_finds_its_own_again_and_no_others(client: Any, runtime: DockerRuntime, node_id: str) -> None:
-    mine, done, theirs = spec(), spec("sh", "-c", "exit 5"), spec()
-    first = await runtime.start(mine)
-    await runtime.start(done)
-    assert await runtime.wait(done.lease) == 5
-    neighbour = await open_docker(node_id[::-1])
-    try:
-        await neighbour.start(theirs)
-        again = await open_docker(node_id)
-        found = {status.lease: status for status in await again.containers()}
-        assert found == {mine.lease: first, done.lease: ContainerStatus(done.lease, "exited", 5, ())}
-        assert await again.status(theirs.lease) is None
-        await again.stop(theirs.lease, 0)
-        assert await neighbour.status(theirs.lease) is not None
-        assert (await told(again, mine.lease, "true"))[0] == 0
-        await again.stop(mine.lease, 0)
-        assert await runtime.status(mine.lease) is None
-    finally:
-        await neighbour.stop(theirs.lease, 0)
-
-
-async def test_an_interrupted_start_is_done_again(client: Any, runtime: DockerRuntime, node_id: str) -> None:
-    made = spec()
-    labels = {LEASE_LABEL: made.lease, NODE_LABEL: node_id}
-    client.containers.create(IMAGE, list(FOREVER), labels=labels)
-    assert [status.phase for status in await runtime.containers()] == ["created"]
-    assert (await runtime.start(made)).phase == "running"
-    assert len(of_node(client, node_id)) == 1
-
-
-async def test_a_container_that_is_restarted_has_not_ended(client: Any, node_id: str) -> None:
-    runtime = await open_docker(node_id)
-    made = spec("sh", "-c", "test -e /again && exit 6; touch /again; sleep 1000", ports=(8080,))
-    await runtime.start(made)
-    [container] = of_node(client, node_id)
-    await until(lambda: container.exec_run("test -e /again").exit_code == 0)
-    codes: list[int] = []
-
-    async def wait() -> None:
-        codes.append(await runtime.wait(made.lease))
-
-    with trio.fail_after(60):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(wait)
-            await trio.to_thread.run_sync(lambda: container.restart(timeout=1))
-    assert codes == [6]  # of the second run
-
-
-async def test_a_container_that_was_removed_is_an_error(client: Any, runtime: DockerRuntime, node_id: str) -> None:
-    made = spec()
-    await runtime.start(made)
-    [container] = of_node(client, node_id)
-    with trio.fail_after(30), pytest.raises(BaseExceptionGroup) as caught:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(runtime.wait, made.lease)
-            await trio.to_thread.run_sync(lambda: container.remove(force=True))
-    assert caught.group_contains(ContainerError, match="not here")
-
-
-class Gate:
-    """A socket in front of the engine's, which can be shut, or stop to answer."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.pairs, self.stalled = path, list[tuple[socket.socket, socket.socket]](), False
-        self.open()
-
-    def open(self) -> None:
-        self.server = socket.socket(socket.AF_UNIX)
-        self.server.bind(str(self.path))
-        self.server.listen(64)
-        threading.Thread(target=self._serve, args=(self.server,), daemon=True).start()
-
-    def shut(self) -> None:
-        self.path.unlink()
-        self.server.shutdown(socket.SHUT_RDWR)
-        self.server.close()
-        for pair in self.pairs:
-            for end in pair:
-                with suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
-        self.pairs.clear()
-
-    def _serve(self, server: socket.socket) -> None:
-        with suppress(OSError):
-            while True:
-                near, _ = server.accept()
-                far = socket.socket(socket.AF_UNIX)
-                far.connect("/var/run/docker.sock")
-                self.pairs.append((near, far))
-                for ends in ((near, far), (far, near)):
-                    threading.Thread(target=self._copy, args=ends, daemon=True).start()
-
-    def _copy(self, source: socket.socket, sink: socket.socket) -> None:
-        with suppress(OSError):
-            while data := source.recv(1 << 16):
-                if not self.stalled:
-                    sink.sendall(data)
-            sink.shutdown(socket.SHUT_WR)
-
-
-@pytest.fixture
-def gate(client: Any, node_id: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    """The engine behind a gate; `DOCKER_HOST` leads there."""
-    if not client.api.base_url.startswith("http+docker"):
-        pytest.skip("the engine is not behind a local socket")
-    path = Path(f"/tmp/kaisar-{node_id}.sock")
-    gate = Gate(path)
-    monkeypatch.setenv("DOCKER_HOST", f"unix://{path}")
-    yield gate
-    if path.exists():
-        gate.shut()
-
-
-async def test_an_engine_that_dies_in_between_is_an_error_everywhere(
-    gate: Gate, node_id: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(docker_runtime, "AWAY_S", 1.0)
-    runtime = await open_docker(node_id)
-    made = spec()
-    await runtime.start(made)
-    failed: list[str] = []
-
-    async def waits() -> None:
-        try:
-            await runtime.wait(made.lease)
-        except ContainerError as error:
-            failed.append(error.message)
-
-    async def follows() -> None:
-        async for _chunk in runtime.logs(made.lease, follow=True, tail_bytes=10):
-            pass
-
-    with trio.fail_after(30):
-        async with runtime.exec(made.lease, FOREVER) as session, trio.open_nursery() as nursery:
-            nursery.start_soon(waits)
-            nursery.start_soon(follows)
-            await trio.sleep(0.3)
-            gate.shut()
-            assert [item async for item in session.output()] == []
-            with pytest.raises(ContainerError):
-                await session.exit_code()
-        for call in (
-            runtime.status(made.lease),
-            runtime.containers(),
-            runtime.stop(made.lease, 1),
-            runtime.start(made),
-        ):
-            with pytest.raises(ContainerError):
-                await call
-    assert len(failed) == 1
-
-
-async def test_a_lease_outlives_an_engine_that_comes_back(gate: Gate, client: Any, node_id: str) -> None:
-    """Also one whose containers ended with it."""
-    runtime = await open_docker(node_id)
-    made = spec("sh", "-c", "test -e /again && exit 6; touch /again; sleep 1000")
-    await runtime.start(made)
-    [container] = of_node(client, node_id)
-    await until(lambda: container.exec_run("test -e /again").exit_code == 0)
-    codes: list[int] = []
-
-    async def wait() -> None:
-        codes.append(await runtime.wait(made.lease))
-
-    with trio.fail_after(60):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(wait)
-            await trio.sleep(0.3)
-            gate.shut()
-            await trio.to_thread.run_sync(container.kill)
-            await trio.sleep(1)
-            gate.open()
-    assert codes == [6]
-
-
-async def test_an_engine_that_stops_to_answer_is_an_error(
-    gate: Gate, node_id: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runtime = await open_docker(node_id)
-    made = spec()
-    await runtime.start(made)
-    monkeypatch.setattr(docker_runtime, "LOOK_TIMEOUT_S", 0.5)
-    monkeypatch.setattr(docker_streams, "LOOK_TIMEOUT_S", 0.5)
-    async with runtime.exec(made.lease, FOREVER):
-        gate.stalled = True
-        with trio.fail_after(20):
-            with pytest.raises(ContainerError, match="did not answer"):
-                await runtime.status(made.lease)
-            with pytest.raises(ContainerError, match="did not answer"):
-                await told(runtime, made.lease, "true")
-            with pytest.raises(ContainerError, match="did not answer"):
-                await runtime.start(spec())
-
-
-async def test_auto_takes_processes_when_the_engine_stops_to_answer(gate: Gate, tmp_path: Path) -> None:
-    gate.stalled = True
-    with trio.fail_after(10):
-        assert (await select_runtime("auto", tmp_path / "leases", "0" * 16)).name == "process"
-    gate.shut()
-    with trio.fail_after(10):
-        assert (await select_runtime("auto", tmp_path / "leases", "0" * 16)).name == "process"
