@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import accumulate
 
 from kaisar_p2p.wire import merkle, vrf
 from kaisar_p2p.wire.codec import encode
@@ -19,6 +20,7 @@ from protocols.digests import registry_root
 from protocols.epochs import (
     EVIDENCE,
     LEASES,
+    MAX_LEAVES,
     REWARDS,
     VERDICTS,
     EpochBody,
@@ -27,7 +29,7 @@ from protocols.epochs import (
     SignedReveal,
     VerdictLeaf,
 )
-from protocols.interpreter.state import State
+from protocols.interpreter.state import OrderState, State
 from protocols.params import Params
 from protocols.popw import VERDICT_NAMES
 from protocols.quorum import Committee, QuorumCertificate, VerdictCore, WitnessCore
@@ -38,6 +40,9 @@ from protocols.settlement import is_watched, lease_leaf, needs_leaf, seen_window
 NO_HEADER = bytes(32)
 """`previous` of the first header of a network."""
 MAX_CERTIFICATES = 65_536
+CERTIFICATE_BYTES_MAX = 8_192
+MAX_CERTIFICATES_BYTES = 24 << 20
+"""Certificates of a body; with its leaves it stays below what can be fetched (`epoch_fetch.OBJECT_BYTES_MAX`)."""
 MAX_REVEALS = 256
 Subject = tuple[int, int, bytes]
 """(slot, message tag, worker or order): what at most one certificate of all bodies is about; also their order."""
@@ -308,7 +313,15 @@ def _check_certificates(body: EpochBody, state: State, base: Base, known: Known)
             return "an invalid certificate"
         included.add(subject)
     missing = [subject for subject in known.due - included if _must_count(state, base, known.certificates.get(subject))]
+    if missing and min(missing) > max(included, default=min(missing)) and _is_full(body):
+        return ""
     return f"{len(missing)} certificates that were known in time are left out" if missing else ""
+
+
+def _is_full(body: EpochBody) -> bool:
+    """Whether one more certificate, of any size, may have found no room."""
+    size = sum(len(encode(each)) for each in body.certificates)
+    return len(body.certificates) == MAX_CERTIFICATES or size + CERTIFICATE_BYTES_MAX > MAX_CERTIFICATES_BYTES
 
 
 def _is_verified(certificate: QuorumCertificate, subject: Subject, state: State, known: Known) -> bool:
@@ -338,7 +351,13 @@ def _chosen(state: State, base: Base, certificates: Iterable[QuorumCertificate])
         digest = certificate_hash(certificate, state.network)
         if subject not in best or digest < best[subject][0]:
             best[subject] = digest, certificate
-    return tuple(best[subject][1] for subject in sorted(best))[:MAX_CERTIFICATES]
+    return _as_many_as_fit([best[subject][1] for subject in sorted(best)])
+
+
+def _as_many_as_fit(certificates: list[QuorumCertificate]) -> tuple[QuorumCertificate, ...]:
+    """The first ones: a body that is too large could not be fetched, and its epoch would not be anchored."""
+    sizes = accumulate(len(encode(each)) for each in certificates[:MAX_CERTIFICATES])
+    return tuple(certificates[: sum(size <= MAX_CERTIFICATES_BYTES for size in sizes)])
 
 
 def _leases(
@@ -356,9 +375,15 @@ def _leases(
             gone=gone.get(order_id, ()),
             down=down.get(order_id, ()),
         )
-        for order_id, order in sorted(state.orders.items())
-        if needs_leaf(order, slots.start, state.params)
+        for order_id, order in _orders_with_leaves(state, slots.start)
     )
+
+
+def _orders_with_leaves(state: State, first_slot: int) -> list[tuple[bytes, OrderState]]:
+    """Sorted by id; the oldest when there are too many, so that new ones cannot crowd out those that run."""
+    orders = [pair for pair in state.orders.items() if needs_leaf(pair[1], first_slot, state.params)]
+    orders.sort(key=lambda pair: (pair[1].placed_block, pair[0]))
+    return sorted(orders[:MAX_LEAVES], key=lambda pair: pair[0])
 
 
 def _seconds(leaf: LeaseLeaf | None) -> int:

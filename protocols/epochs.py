@@ -10,6 +10,8 @@ from protocols.quorum import QuorumCertificate
 
 FETCH_PROTOCOL = "/kaisar/fetch/1"
 VERDICTS, REWARDS, LEASES, EVIDENCE = range(4)
+MAX_LEAVES = 1 << 15
+"""Rewards, and leases, of an epoch: what a `LeafProof` reaches within 600 bytes."""
 
 
 @message(40)
@@ -144,13 +146,13 @@ class EpochBody:
 @message(50)
 @dataclass(frozen=True)
 class LeafProof:
-    """Inclusion of one leaf (RFC 9162) in one tree of an anchored header; at most 600 bytes."""
+    """Inclusion of one leaf (RFC 9162) in one tree of an anchored header; at most 600 bytes, 650 for verdicts."""
 
     epoch: U32
     tree: U8
     index: U32
     leaf: Annotated[bytes, AtMost(160)]
-    path: Annotated[tuple[Bytes32, ...], Count(13)]
+    path: Annotated[tuple[Bytes32, ...], Count(15)]
 
 
 @message(51)

@@ -50,7 +50,7 @@ class NothingToProve(KaisarError):
 def prove_leaf(body: EpochBody, tree: int, index: int, network: bytes) -> LeafProof:
     """Proof of leaf `index` in one of the trees VERDICTS, REWARDS, LEASES, EVIDENCE; at most 600 bytes encoded.
 
-    NothingToProve when there is no such leaf, or more leaves than a proof can reach (2^13).
+    NothingToProve when there is no such leaf, or more leaves than a proof can reach (MAX_LEAVES).
     """
     leaves = leaves_of(body, tree, network)
     if not 0 <= index < len(leaves):

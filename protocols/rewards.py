@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from protocols.adverts import GPU_CLASS, Spec
 from protocols.committees import check_committee
 from protocols.deploy import GONE, UP
-from protocols.epochs import RewardLeaf
+from protocols.epochs import MAX_LEAVES, RewardLeaf
 from protocols.interpreter.state import ACTIVE, State, WorkerState
 from protocols.params import PERMILLE, Params
 from protocols.popw import PASS
@@ -104,9 +104,14 @@ def epoch_rewards(
 
 
 def cumulative_leaves(previous: Iterable[RewardLeaf], earned: Mapping[bytes, int]) -> tuple[RewardLeaf, ...]:
-    """The reward tree's leaves, sorted by account: what was earned before, plus this epoch's."""
+    """The reward tree's leaves, sorted by account: what was earned before, plus this epoch's.
+
+    Once MAX_LEAVES accounts have leaves, nobody gets a first one; those who earned most come before.
+    """
     totals = Counter({leaf.account: leaf.cumulative_planck for leaf in previous})
-    totals.update(earned)
+    newcomers = sorted(earned.keys() - totals.keys(), key=lambda account: (-earned[account], account))
+    refused = frozenset(newcomers[max(0, MAX_LEAVES - len(totals)) :])
+    totals.update({account: amount for account, amount in earned.items() if account not in refused})
     return tuple(RewardLeaf(account, totals[account]) for account in sorted(totals))
 
 

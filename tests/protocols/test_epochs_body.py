@@ -13,6 +13,7 @@ from immutables import Map
 from kaisar_p2p.wire import merkle, vrf
 from kaisar_p2p.wire.codec import decode, encode
 from kaisar_p2p.wire.crypto import KeyPair
+from protocols import epoch_body
 from protocols.adverts import CPU_CLASS, Spec
 from protocols.committees import check_committee
 from protocols.deploy import OPEN, UP
@@ -414,3 +415,36 @@ def test_any_request_is_read_or_refused(data: bytes) -> None:
 def test_a_page_beyond_the_end_is_empty() -> None:
     assert decode(FetchReply, page_of(b"data", 1 << 63)) == FetchReply(4, b"")
     assert parse_request(encode(FetchRequest("body", KEY, 3))).offset == 3
+
+
+# ── more than fits ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_body_too_large_to_be_fetched_is_cut_and_still_signed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few hundred tiny leases would otherwise make bodies that nobody can fetch, and stop every anchor."""
+    state = state_at(1)
+    reveals, certificates = parts(state, range(4, 8))
+    everything = {subject_of(each): each for each in certificates}
+    known = Known(everything, due=frozenset(everything), due_reveals=frozenset(CHECKERS))
+    monkeypatch.setattr(epoch_body, "MAX_CERTIFICATES_BYTES", 1200)
+    monkeypatch.setattr(epoch_body, "CERTIFICATE_BYTES_MAX", 320)
+    body = assemble(state, GENESIS, reveals, certificates)
+    assert 0 < len(body.certificates) < len(certificates)
+    assert sum(len(encode(each)) for each in body.certificates) <= 1200
+    header = header_of(body, 0, state, GENESIS, ROOT)
+    assert check_body(header, body, state, GENESIS, ROOT, known) == ""
+    fewer = assemble(state, GENESIS, reveals, body.certificates[:-1])
+    problem = check_body(header_of(fewer, 0, state, GENESIS, ROOT), fewer, state, GENESIS, ROOT, known)
+    assert "known in time are left out" in problem
+    gap = assemble(state, GENESIS, reveals, [*body.certificates[1:], *certificates[-1:]])
+    problem = check_body(header_of(gap, 0, state, GENESIS, ROOT), gap, state, GENESIS, ROOT, known)
+    assert "known in time are left out" in problem
+
+
+def test_with_too_many_orders_the_oldest_have_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(epoch_body, "MAX_LEAVES", 2)
+    state = state_at(1)
+    order = state.orders[ORDER_ID]
+    orders = {bytes([18 - block]) * 32: replace(order, placed_block=block) for block in (8, 9, 10)}
+    leaves = assemble(replace(state, orders=Map(orders)), GENESIS, [], []).leases
+    assert [leaf.order_id[0] for leaf in leaves] == [9, 10]

@@ -19,6 +19,7 @@ from protocols.epoch_body import leaves_of
 from protocols.epochs import (
     EVIDENCE,
     LEASES,
+    MAX_LEAVES,
     REWARDS,
     VERDICTS,
     EpochBody,
@@ -124,7 +125,13 @@ def test_what_is_not_in_the_epoch_cannot_be_proven() -> None:
     with pytest.raises(NothingToProve, match="not in epoch"):
         prove_lease(body_of(), name(99), NETWORK)
     with pytest.raises(NothingToProve, match="too large"):
-        prove_leaf(body_of(rewards=8193), REWARDS, 0, NETWORK)
+        prove_leaf(body_of(rewards=MAX_LEAVES + 1), REWARDS, 0, NETWORK)
+
+
+def test_all_accounts_and_leases_of_a_full_epoch_can_be_proven() -> None:
+    body = body_of(MAX_LEAVES, MAX_LEAVES, 0)
+    for tree in (REWARDS, LEASES):
+        assert len(encode(prove_leaf(body, tree, MAX_LEAVES - 1, NETWORK))) <= 600
 
 
 def test_the_file_says_what_it_proves() -> None:

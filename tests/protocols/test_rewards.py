@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from immutables import Map
 
+from protocols import rewards
 from protocols.adverts import CPU_CLASS, GPU_CLASS, Spec
 from protocols.committees import check_committee
 from protocols.deploy import DOWN, GONE, UP
@@ -250,3 +251,9 @@ def test_leaves_are_cumulative_sorted_and_lose_nobody(old: dict[bytes, int], new
     leaves = cumulative_leaves(previous, new)
     assert [leaf.account for leaf in leaves] == sorted(old.keys() | new.keys())
     assert all(leaf.cumulative_planck == old.get(leaf.account, 0) + new.get(leaf.account, 0) for leaf in leaves)
+
+
+def test_a_full_tree_of_rewards_takes_no_more_accounts_and_drops_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewards, "MAX_LEAVES", 3)
+    leaves = cumulative_leaves([RewardLeaf(b"a", 5), RewardLeaf(b"d", 1)], {b"a": 1, b"b": 2, b"c": 2, b"e": 1})
+    assert leaves == (RewardLeaf(b"a", 6), RewardLeaf(b"b", 2), RewardLeaf(b"d", 1))
