@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import sha256
 
 import pytest
@@ -18,26 +18,11 @@ from protocols.onboarding import REGISTRATION_STEPS, Onboarding
 from protocols.params import KAI
 from protocols.popw import CHALLENGE_PROTOCOL, PASS, WRONG
 from protocols.quorum import QuorumCertificate, VerdictCore
+from tests.protocols.interpreter.conftest import OneBlock, OneCall
 
 KEYS = KeyPair.from_seed(bytes(range(32)))
 OWNER = sha256(b"owner").digest()
 SPEC = Spec(CPU_CLASS, 8, 16_000, 100_000, 0, 0, "")
-
-
-@dataclass(frozen=True)
-class Call:
-    signer: bytes
-    payload: bytes
-    call_hash: bytes
-
-
-@dataclass(frozen=True)
-class Block:
-    number: int
-    hash: bytes
-    parent: bytes
-    time_ms: int
-    calls: tuple[Call, ...]
 
 
 class Ledger:
@@ -49,10 +34,12 @@ class Ledger:
     def next(self, payloads: tuple[bytes, ...], signer: bytes = OWNER) -> BlockApplied:
         number = self.state.number + 1
         block_calls = tuple(
-            Call(signer, payload, sha256(bytes([index]) + number.to_bytes(4, "big") + payload).digest())
+            OneCall(signer, payload, sha256(bytes([index]) + number.to_bytes(4, "big") + payload).digest())
             for index, payload in enumerate(payloads)
         )
-        block = Block(number, sha256(str(number).encode()).digest(), self.state.block_hash, number * 500, block_calls)
+        block = OneBlock(
+            number, sha256(str(number).encode()).digest(), self.state.block_hash, number * 500, block_calls
+        )
         self.state, events = apply(self.state, block)
         return BlockApplied(self.state, events)
 
