@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from hashlib import sha256
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kaisar_p2p.wire.codec import encode
-from kaisar_p2p.wire.crypto import KeyPair
 from kaisar_p2p.wire.envelope import seal
 from kaisar_p2p.wire.verdict import Verdict
 from protocols.actions import (
@@ -46,17 +44,7 @@ from protocols.interpreter.state import (
 )
 from protocols.popw import VOTE_PROTOCOL, validate_certificate
 from protocols.quorum import ReadyCore, WitnessCore
-
-NETWORK = sha256(b"leases").digest()
-
-
-def keys_of(name: str) -> KeyPair:
-    return KeyPair.from_seed(sha256(name.encode()).digest())
-
-
-SEATS = tuple(keys_of(f"seat {number}") for number in range(7))
-WORKER, CLIENT, STRANGER = keys_of("worker"), keys_of("client"), keys_of("stranger")
-
+from tests.protocols.leases.conftest import NETWORK, SEATS, STRANGER, WORKER
 
 # ── gossip on the topic `lease` ──────────────────────────────────────────────────────────────────────────────────────
 

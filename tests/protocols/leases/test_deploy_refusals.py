@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from hashlib import sha256
 from typing import Any
 
 from kaisar_p2p.wire.codec import decode, encode
@@ -25,24 +24,9 @@ from protocols.interpreter.state import (
     ORDER_CANCELLED,
 )
 from protocols.lease_client import RUNNING_TEXT
-from protocols.orders import Workload
-from protocols.params import DEMO
 from protocols.popw import VOTE_PROTOCOL
 from protocols.quorum import CoreVote, ReadyCore, WitnessCore
-
-NETWORK = sha256(b"leases").digest()
-PARAMS = DEMO
-BLOCK_S, SLOT_S = PARAMS.block_ms / 1000, PARAMS.slot_ms / 1000
-WORKLOAD = Workload("", ("serve", "{port:8080}"), (), (8080,))
-
-
-def keys_of(name: str) -> KeyPair:
-    return KeyPair.from_seed(sha256(name.encode()).digest())
-
-
-SEATS = tuple(keys_of(f"seat {number}") for number in range(7))
-WORKER, CLIENT, STRANGER = keys_of("worker"), keys_of("client"), keys_of("stranger")
-
+from tests.protocols.leases.conftest import CLIENT, NETWORK, PARAMS, SEATS, SLOT_S, STRANGER, WORKER, WORKLOAD, keys_of
 
 # ── nobody is believed ───────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from hashlib import sha256
 from typing import Any
 
 import pytest
 
-from kaisar_p2p.wire.crypto import KeyPair
 from protocols.actions import (
     Stop,
 )
@@ -26,21 +24,7 @@ from protocols.interpreter.state import (
 )
 from protocols.lease_client import DEPLOYING_TEXT, RUNNING_TEXT
 from protocols.lease_worker import ADOPT_S
-from protocols.orders import Workload
-from protocols.params import DEMO
-
-PARAMS = DEMO
-BLOCK_S, SLOT_S = PARAMS.block_ms / 1000, PARAMS.slot_ms / 1000
-WORKLOAD = Workload("", ("serve", "{port:8080}"), (), (8080,))
-
-
-def keys_of(name: str) -> KeyPair:
-    return KeyPair.from_seed(sha256(name.encode()).digest())
-
-
-SEATS = tuple(keys_of(f"seat {number}") for number in range(7))
-WORKER, CLIENT, STRANGER = keys_of("worker"), keys_of("client"), keys_of("stranger")
-
+from tests.protocols.leases.conftest import BLOCK_S, PARAMS, SLOT_S, WORKLOAD
 
 # ── restarts and losses ──────────────────────────────────────────────────────────────────────────────────────────────
 
