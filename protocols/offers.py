@@ -18,7 +18,7 @@ from protocols.actions import Action, BlockApplied, Event, Incoming, Reply
 from protocols.adverts import Spec, fits
 from protocols.digests import offer_hash, spec_hash, workload_hash
 from protocols.interpreter.calls import OrderPlace
-from protocols.interpreter.state import ACTIVE, ORDER_OPEN, State
+from protocols.interpreter.state import ACTIVE, ORDER_OPEN, OrderState, State
 from protocols.orders import (
     BAD_DURATION,
     BAD_REQUEST,
@@ -177,20 +177,22 @@ class Holds:
         registered = state.workers.get(worker)
         if registered is None:
             return None
-        orders = [state.orders[each] for each in state.open_orders.get(worker, ())]
-        # As the ledger counts: an order whose time is over no longer holds resources, settled or not.
-        over_ms = state.time_ms - state.params.deploy_timeout_ms
-        taken = [
-            order.resources
-            for order in orders
-            if order.status == ORDER_OPEN and over_ms < order.placed_ms + 1000 * order.duration_s
-        ]
+        taken = [order.resources for order in _running(state, worker)]
         taken += [
             hold.request.spec.resources
             for hold in self._holds.values()
             if hold.firm and worker + hold.offer.nonce not in state.used_offers
         ]
         return _without(registered.spec, taken)
+
+
+def _running(state: State, worker: bytes) -> list[OrderState]:
+    """As the ledger counts: an order that is cancelled or whose time is over holds no resources, settled or not."""
+    over_ms = state.time_ms - state.params.deploy_timeout_ms
+    orders = (state.orders[each] for each in state.open_orders.get(worker, ()))
+    return [
+        order for order in orders if order.status == ORDER_OPEN and over_ms < order.placed_ms + 1000 * order.duration_s
+    ]
 
 
 def _price(hold: Hold) -> int:
@@ -278,8 +280,9 @@ class OfferMachine:
         free = self._holds.free(state, key)
         if free is None or not asked.cpu_cores or not asked.memory_mb or not fits(asked, free):
             return NO_CAPACITY, ""
-        leases = len(state.open_orders.get(key, ()))
-        if not self._holds.has_room or leases >= min(self._max_leases, state.params.max_open_orders):
+        unsettled = len(state.open_orders.get(key, ()))
+        full = len(_running(state, key)) >= self._max_leases or unsettled >= state.params.max_open_orders
+        if full or not self._holds.has_room:
             return BUSY, ""
         return None
 

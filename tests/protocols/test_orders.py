@@ -21,6 +21,7 @@ from protocols.adverts import CPU_CLASS, GPU_CLASS, Spec, WorkerAdvert
 from protocols.digests import spec_hash
 from protocols.interpreter.state import (
     ACTIVE,
+    ORDER_CANCELLED,
     ORDER_OPEN,
     REGISTERED,
     AccountState,
@@ -408,6 +409,19 @@ def test_the_owner_limits_the_leases_of_its_machine(max_leases: int, makes_an_of
         assert decode_offer(answer).nonce == b"n" * 32
     else:
         assert code_of(answer) == BUSY
+
+
+@pytest.mark.parametrize("changes", [{"status": ORDER_CANCELLED}, {"placed_ms": 0}])
+def test_an_order_that_only_awaits_its_settlement_is_no_lease(changes: dict[str, int]) -> None:
+    """Placing and cancelling costs a client nothing, so it must not cost the provider its customers."""
+    first = Desk()
+    request = first.request()
+    state = with_order(first.state, request, decode_offer(first.ask(request)))
+    over = replace(state.orders[b"o" * 32], **changes)
+    desk = Desk(replace(state, orders=Map({b"o" * 32: over}), time_ms=int(NOW * 1000)), max_leases=1)
+    assert decode_offer(desk.ask(desk.request(nonce=b"n" * 32))).nonce == b"n" * 32
+    full = Desk(replace(state, orders=Map({b"o" * 32: over}), params=replace(state.params, max_open_orders=1)))
+    assert code_of(full.ask(full.request(nonce=b"n" * 32))) == BUSY
 
 
 def test_open_orders_take_capacity_and_a_taken_offer_counts_once() -> None:
