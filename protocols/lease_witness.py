@@ -51,7 +51,7 @@ from protocols.params import Params
 from protocols.popw import REFUSED, VOTE_PROTOCOL
 from protocols.popw_votes import CERTIFICATE_TOPIC, is_core_vote
 from protocols.quorum import Committee, QuorumCertificate, ReadyCore, TicketCore, VerdictCore, WitnessCore
-from protocols.settlement import lease_windows
+from protocols.settlement import is_watched, lease_windows
 
 MAX_WATCHES = 4_096
 READY_ATTEMPTS = 3
@@ -196,7 +196,7 @@ class LeaseSeatMachine:
         for order_id in placed:
             self._begin(order_id, state)
         for watch in list(self._watches.values()):
-            if state.orders[watch.order_id].status != ORDER_OPEN:
+            if not self._may_run(state.orders[watch.order_id], state):
                 del self._watches[watch.order_id]
         if not event.live:
             return []
@@ -211,7 +211,7 @@ class LeaseSeatMachine:
     def _begin(self, order_id: bytes, state: State) -> None:
         order = state.orders[order_id]
         known = order_id in self._watches or len(self._watches) >= MAX_WATCHES
-        if known or order.status != ORDER_OPEN or self._keys.public_key not in order.seats:
+        if known or not self._may_run(order, state) or self._keys.public_key not in order.seats:
             return
         committee, ranked = committee_of(order), aggregators(order.seats, order_id, state.network)
         ticket, ready = (
@@ -223,6 +223,10 @@ class LeaseSeatMachine:
             watch.port, watch.healthy, watch.ready_slot = stored.port, bool(stored.healthy), stored.ready_slot
             watch.ready.closed = bool(stored.ready_slot)
             watch.ticket.closed = watch.healthy
+
+    def _may_run(self, order: OrderState, state: State) -> bool:
+        """Open, and not longer ago than any of its windows can count: settling it may be nobody's business."""
+        return order.status == ORDER_OPEN and is_watched(order, state.slot, state.params)
 
     def _authorise(self, order_id: bytes, state: State, now: float) -> list[Action]:
         """Vote for the ticket: the order is final and open, its worker active, and there is still time to deploy."""

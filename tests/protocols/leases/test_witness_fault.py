@@ -76,3 +76,17 @@ def test_two_looks_make_one_statement(
     core = watch.window(slot).core
     assert (core.status if core is not None else None) == status
     assert slot not in watch.looks
+
+
+def test_an_order_that_nobody_settles_is_not_watched_for_ever(world: Any) -> None:
+    """A seat watches a bounded number of orders: those that are long over must not take the place of new ones."""
+    world.client.up = False  # and so never cancels
+    world.place(held=False)
+    world.run(BLOCK_S)
+    assert {len(seat.machines[0].watches) for seat in world.seats} == {1}
+    world.run(PARAMS.deploy_timeout_ms / 1000 + world.duration_s + (PARAMS.certificate_grace_slots + 3) * SLOT_S)
+    assert {len(seat.machines[0].watches) for seat in world.seats} == {0}
+    seat = world.seats[0]
+    world.kill(seat)
+    world.start(seat)
+    assert seat.machines[0].watches == ()
