@@ -22,10 +22,7 @@ from node.api.address import ApiAddress, read_address, remove_address, write_add
 from node.api.guard import MAX_BODY_BYTES
 from protocols.interpreter import calls
 from protocols.params import KAI
-
-# As in conftest.py.
-OWNER, STRANGER, ORDER = b"\x01" * 32, b"\x07" * 32, b"\xab" * 32
-KEY, WORKER = b"\x02" * 32, b"\x03" * 32
+from tests.node.conftest import KEY, ORDER, STRANGER
 
 GETS = [
     "status", "peers", "workers", "checks", "epochs", "events", "registration", "account/me", "rewards", "metrics",

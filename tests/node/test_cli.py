@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import typer
-from typer.testing import CliRunner
 
 from kaisar_p2p.errors import ConfigError, DataDirectoryError, KaisarError, LedgerError, StoreError
 from kaisar_p2p.identity import Keystore
@@ -25,27 +22,14 @@ from node.commands import run as run_module
 from node.commands.options import parse_hours_s, parse_kai, parse_size_mb, parse_variable
 from node.config import Config, lock_data_directory
 from protocols.params import KAI
-
-Invoke = Callable[..., Any]
+from tests.node.command_line import Invoke, command_line
 
 
 @pytest.fixture
 def kaisar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Invoke:
     """Run a command in this process, as the console script would."""
     monkeypatch.setenv("KAISAR_HOME", str(tmp_path / "home"))
-    app = cli.make_app()
-
-    def invoke(*arguments: str, text: str | None = None, env: dict[str, str] | None = None) -> Any:
-        result = CliRunner().invoke(app, [*arguments], input=text, env=env)
-        if isinstance(result.exception, KaisarError):
-            with contextlib.redirect_stderr(io.StringIO()) as error:
-                cli.print_error(result.exception.message, result.exception.hint)
-            code = cli.exit_code(result.exception)
-            return SimpleNamespace(code=code, out=result.stdout, err=result.stderr + error.getvalue())
-        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-        return SimpleNamespace(code=result.exit_code, out=result.stdout, err=result.stderr)
-
-    return invoke
+    return command_line()
 
 
 def script(*arguments: str, home: Path, **env: str) -> subprocess.CompletedProcess[str]:

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from kaisar_p2p.errors import KaisarError, OrderRefused
+from kaisar_p2p.errors import OrderRefused
 from kaisar_p2p.identity import ss58_encode
-from node import cli
 from protocols.interpreter import calls
 from protocols.params import KAI
+from tests.node.command_line import Invoke, command_line
+from tests.node.conftest import ORDER, STRANGER
 
-STRANGER, ORDER = b"\x07" * 32, b"\xab" * 32  # as in conftest.py
 DEPLOYING = "Container is deploying..."
 DEPLOYED = "Your Container has been deployed successfully."
-Invoke = Callable[..., Any]
 
 READS = [
     ["status"], ["peers"], ["workers"], ["checks", "--limit", "5"], ["epochs"], ["wallet", "balance"],
@@ -41,19 +35,7 @@ WRITES = [
 def kaisar(served: Any, monkeypatch: pytest.MonkeyPatch) -> Invoke:
     """Run a command against the stand-in."""
     monkeypatch.setenv("KAISAR_HOME", str(served.directory))
-    app = cli.make_app()
-
-    def invoke(*arguments: str, text: str | bytes | None = None) -> Any:
-        result = CliRunner().invoke(app, [*arguments], input=text)
-        if isinstance(result.exception, KaisarError):
-            with contextlib.redirect_stderr(io.StringIO()) as error:
-                cli.print_error(result.exception.message, result.exception.hint)
-            code = cli.exit_code(result.exception)
-            return SimpleNamespace(code=code, out=result.stdout, err=result.stderr + error.getvalue())
-        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-        return SimpleNamespace(code=result.exit_code, out=result.stdout, err=result.stderr)
-
-    return invoke
+    return command_line()
 
 
 @pytest.mark.parametrize("command", READS + WRITES, ids=" ".join)
