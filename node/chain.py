@@ -11,6 +11,7 @@ import trio
 from kaisar_p2p.errors import CallRejected, LedgerError
 from kaisar_p2p.identity import Wallet
 from kaisar_p2p.ledger import Block, Ledger, Receipt
+from kaisar_p2p.wire.ids import short
 from node.clock import Clock
 from node.inbox import Inbox, Lane
 from protocols.actions import BlockApplied
@@ -115,7 +116,7 @@ class Chain:
                 await self.advanced()
             return self.call_outcomes[receipt.call_hash]
         raise LedgerError(
-            f"call {receipt.call_hash.hex()[:8]} is not final after {timeout_s:.0f} s",
+            f"call {short(receipt.call_hash)} is not final after {timeout_s:.0f} s",
             hint="it may still become final: look at `kaisar status` and try again later",
         )
 
@@ -142,7 +143,7 @@ class CallSubmitter:
         except LedgerError as error:
             log.error("call %s could not be handed in: %s", key, error)
             return
-        log.info("call %s handed in as %s", key, receipt.call_hash.hex()[:8])
+        log.info("call %s handed in as %s", key, short(receipt.call_hash))
         self._sent[key] = (payload, number)
         if len(self._sent) > 1024:
             self._sent.pop(next(iter(self._sent)))

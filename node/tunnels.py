@@ -24,6 +24,7 @@ from kaisar_p2p.runtime.interface import ContainerRuntime, ExecSession
 from kaisar_p2p.runtime.reach import stays_open
 from kaisar_p2p.tunnel import serve_local, splice
 from kaisar_p2p.wire.codec import decode, encode
+from kaisar_p2p.wire.ids import short
 from protocols.actions import Action, BlockApplied, Event
 from protocols.deploy import TUNNEL_PROTOCOL, TunnelOpen, TunnelReply
 from protocols.interpreter.state import ORDER_OPEN, OrderState, State
@@ -71,16 +72,15 @@ class TunnelServer:
         except trio.TooSlowError:
             raise RequestFailed(f"no tunnel request within {FIRST_FRAME_S:.0f} s") from None
         refusal = may_open(self._state().orders.get(opening.order_id), stream.peer, self._key, opening.service)
-        if not refusal and opening.service not in ("tcp", "logs", "exec"):
-            refusal = f"unknown service {opening.service!r}"
-        if refusal:
-            await stream.send_frame(encode(TunnelReply(0, refusal)))
+        serve = {"tcp": self._serve_tcp, "logs": self._serve_logs, "exec": self._serve_exec}.get(opening.service)
+        if refusal or serve is None:
+            await stream.send_frame(encode(TunnelReply(0, refusal or f"unknown service {opening.service!r}")))
             return
         try:
             with ungrouped():
-                await getattr(self, f"_serve_{opening.service}")(stream, opening)
+                await serve(stream, opening)
         except (ContainerError, OSError) as error:
-            log.info("tunnel %s into %s ended: %s", opening.service, opening.order_id.hex()[:8], error)
+            log.info("tunnel %s into %s ended: %s", opening.service, short(opening.order_id), error)
 
     async def _serve_tcp(self, stream: MeshStream, opening: TunnelOpen) -> None:
         status = await self._runtime.status(opening.order_id.hex())
