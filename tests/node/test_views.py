@@ -19,10 +19,7 @@ from protocols.lease_client import ClientLease
 from protocols.orders import Workload
 from protocols.params import KAI
 from protocols.quorum import QuorumCertificate, ReadyCore, TicketCore, VerdictCore
-
-# As in conftest.py.
-OWNER, STRANGER, ORDER = b"\x01" * 32, b"\x07" * 32, b"\xab" * 32
-KEY, WORKER, NOW_S = b"\x02" * 32, b"\x03" * 32, 1_800_000_000.0
+from tests.node.conftest import KEY, NOW_S, ORDER, OWNER, STRANGER, WORKER
 
 
 @pytest.fixture
