@@ -84,14 +84,26 @@ def certificate_hash(certificate: QuorumCertificate, network: bytes) -> bytes:
     return domain_hash("kaisar/cert", network, encode(certificate))
 
 
+def preference(certificate: QuorumCertificate, digest: bytes) -> tuple[int, bytes]:
+    """Of several certificates on one subject the smallest counts: the most votes, then the lowest hash.
+
+    By the hash alone, an aggregator could choose who of those that voted is paid.
+    """
+    return -len(certificate.signatures), digest
+
+
 def subject_of(certificate: QuorumCertificate) -> Subject | None:
     """What the certificate is about; None for kinds that epochs do not collect."""
     core = certificate.core
     if isinstance(core, VerdictCore):
-        return core.slot, 23, core.worker
+        return core.slot, _tag(VerdictCore), core.worker
     if isinstance(core, WitnessCore):
-        return core.slot, 72, core.order_id
+        return core.slot, _tag(WitnessCore), core.order_id
     return None
+
+
+def _tag(cls: type) -> int:
+    return int(cls.TAG)  # type: ignore[attr-defined]
 
 
 def committee_of(state: State, certificate: QuorumCertificate) -> Committee | None:
@@ -168,7 +180,7 @@ def assemble(
         base: the newest anchored header, with its body.
         reveals: verified ones; any order.
         certificates: valid ones (`is_valid`); any order. Those that do not count are left out, and of several on one
-            subject the one with the lowest hash is taken.
+            subject the one by `preference` is taken.
         evidence: hashes of verified evidence.
     """
     epoch, params = state.epoch, state.params
@@ -313,7 +325,7 @@ def _check_certificates(body: EpochBody, state: State, base: Base, known: Known)
             return "an invalid certificate"
         included.add(subject)
     missing = [subject for subject in known.due - included if _must_count(state, base, known.certificates.get(subject))]
-    if missing and min(missing) > max(included, default=min(missing)) and _is_full(body):
+    if missing and _is_full(body) and min(map(_rank, missing)) > max(map(_rank, included)):
         return ""
     return f"{len(missing)} certificates that were known in time are left out" if missing else ""
 
@@ -343,21 +355,27 @@ def _must_count(state: State, base: Base, certificate: QuorumCertificate | None)
 
 
 def _chosen(state: State, base: Base, certificates: Iterable[QuorumCertificate]) -> tuple[QuorumCertificate, ...]:
-    best: dict[Subject, tuple[bytes, QuorumCertificate]] = {}
+    best: dict[Subject, tuple[tuple[int, bytes], QuorumCertificate]] = {}
     for certificate in certificates:
         subject = subject_of(certificate)
         if subject is None or not counts(state, base, subject) or committee_of(state, certificate) is None:
             continue
-        digest = certificate_hash(certificate, state.network)
-        if subject not in best or digest < best[subject][0]:
-            best[subject] = digest, certificate
-    return _as_many_as_fit([best[subject][1] for subject in sorted(best)])
+        order = preference(certificate, certificate_hash(certificate, state.network))
+        if subject not in best or order < best[subject][0]:
+            best[subject] = order, certificate
+    return tuple(best[subject][1] for subject in _as_many_as_fit({key: each for key, (_, each) in best.items()}))
 
 
-def _as_many_as_fit(certificates: list[QuorumCertificate]) -> tuple[QuorumCertificate, ...]:
-    """The first ones: a body that is too large could not be fetched, and its epoch would not be anchored."""
-    sizes = accumulate(len(encode(each)) for each in certificates[:MAX_CERTIFICATES])
-    return tuple(certificates[: sum(size <= MAX_CERTIFICATES_BYTES for size in sizes)])
+def _as_many_as_fit(certificates: Mapping[Subject, QuorumCertificate]) -> list[Subject]:
+    """In order. A body that is too large could not be fetched, and its epoch would not be anchored."""
+    ranked = sorted(certificates, key=_rank)[:MAX_CERTIFICATES]
+    sizes = accumulate(len(encode(certificates[subject])) for subject in ranked)
+    return sorted(ranked[: sum(size <= MAX_CERTIFICATES_BYTES for size in sizes)])
+
+
+def _rank(subject: Subject) -> tuple[bool, Subject]:
+    """What comes first when there is no room for all: windows of leases, because money depends on them."""
+    return subject[1] != _tag(WitnessCore), subject
 
 
 def _leases(

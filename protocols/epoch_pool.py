@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 
-from protocols.epoch_body import MAX_CERTIFICATES, Subject, certificate_hash, subject_of
+from protocols.epoch_body import MAX_CERTIFICATES, Subject, certificate_hash, preference, subject_of
 from protocols.quorum import QuorumCertificate
 
 MAX_EVIDENCE = 4096
@@ -23,7 +23,7 @@ class _Entry:
 
 
 class Pool:
-    """Certificates by subject (the lowest hash of several), evidence by id, each with the slot in which it came."""
+    """Certificates by subject (of several the one by `preference`), evidence by id, each with the slot in which it came."""
 
     def __init__(self, network: bytes) -> None:
         self._network = network
@@ -45,7 +45,7 @@ class Pool:
         if old is None and len(self._entries) >= MAX_CERTIFICATES:
             return None
         if old is not None:
-            if digest >= old.digest:
+            if preference(certificate, digest) >= preference(old.certificate, old.digest):
                 return None
             del self._subjects[old.digest]
             slot = min(slot, old.since_slot)
@@ -68,7 +68,7 @@ class Pool:
 
     @property
     def verified(self) -> Container[bytes]:
-        """Hashes of all certificates that were added, also of those that gave way to a lower hash on their subject."""
+        """Hashes of all certificates that were added, also of those that gave way to a better one on their subject."""
         return self._verified.keys()
 
     def certificates(self) -> dict[Subject, QuorumCertificate]:
