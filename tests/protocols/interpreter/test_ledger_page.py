@@ -1,4 +1,4 @@
-"""The ledger's page names every call, parameter and part of the state, with the numbers of the code."""
+"""The ledger's page names every call and part of the state (parameters: `test_specification.py`)."""
 
 from __future__ import annotations
 
