@@ -23,7 +23,7 @@ class _Entry:
 
 
 class Pool:
-    """Certificates by subject (of several the one by `preference`), evidence by id, each with the slot in which it came."""
+    """Certificates by subject (of several by `preference`), evidence by id, each with the slot in which it came."""
 
     def __init__(self, network: bytes) -> None:
         self._network = network
