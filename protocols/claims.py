@@ -1,4 +1,4 @@
-"""Who asks the ledger to pay: settlement of our leases from anchored leaves (`protocols/README.md`, "Epochs").
+"""Who asks the ledger to pay: settlement of our leases from anchored leaves (`protocols/README.md`, "Settlement").
 
 Anybody may send a settlement. The worker's owner does as soon as an epoch is anchored; the client only if the lease has
 ended and nobody has settled it some blocks later, so that a provider that is gone cannot keep the refund.

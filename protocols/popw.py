@@ -1,4 +1,4 @@
-"""Proof of Physical Work: challenge → commitment → private samples → vote (`protocols/README.md`, "The check")."""
+"""Proof of Physical Work: challenge → commitment → private samples → vote (`protocols/README.md`, "Checks")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The specification names every number of the protocol, with the value that `mainnet` has."""
+"""The specification names every module, and every number with the value that `mainnet` has."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 
 from protocols.params import KAI, MAINNET, Params
 
-TEXT = (Path(__file__).parents[2] / "protocols" / "README.md").read_text("utf-8")
+PACKAGE = Path(__file__).parents[2] / "protocols"
+TEXT = (PACKAGE / "README.md").read_text("utf-8")
 UNITS = {"": 1, "KAI": KAI, "s": 1, "days": 86_400}
 MS_PER = {"s": 1_000, "min": 60_000}
 
@@ -37,3 +38,18 @@ def test_the_tables_say_what_mainnet_has() -> None:
     found = list(rows())
     assert len(found) > 40
     assert found == [(name, value) for name, value in found if number(name, value) == getattr(MAINNET, name)]
+
+
+def test_every_module_is_named() -> None:
+    missing = [path.name for path in PACKAGE.rglob("*.py") if f"`{path.name}`" not in TEXT]
+    assert set(missing) <= {"__init__.py"}
+
+
+def test_the_pages_that_modules_refer_to_exist() -> None:
+    headings = set(re.findall(r"^#+ (.*)$", TEXT, re.M))
+    named = {
+        page
+        for path in PACKAGE.rglob("*.py")
+        for page in re.findall(r'README\.md`, "([^"]+)"', path.read_text("utf-8"))
+    }
+    assert named and named <= headings

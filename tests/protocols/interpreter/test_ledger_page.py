@@ -15,7 +15,7 @@ from protocols.interpreter.state import State
 @pytest.fixture
 def page(repository) -> str:
     text = (repository / "protocols" / "README.md").read_text("utf-8")
-    return text.split("<!-- ledger -->")[1].split("<!-- /ledger -->")[0]
+    return text.split("\n## Ledger\n")[1].split("\n## ")[0]
 
 
 def test_every_call_is_there(page):
