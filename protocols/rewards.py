@@ -86,6 +86,8 @@ def epoch_rewards(
 ) -> dict[bytes, int]:
     """What each owner account earned, in planck; the sum is never above `epoch_reward_planck` for each epoch covered.
 
+    An epoch of which nothing was certified mints nothing: who is there after a long stop is not paid for all of it.
+
     Args:
         state: at the end of the epoch.
         epoch: whose registry the checkers' stakes are read from.
@@ -94,13 +96,19 @@ def epoch_rewards(
         lease_seconds: newly witnessed seconds by order id.
     """
     certificates = tuple(certificates)
-    pools = Pools.of(state.params, len(slots) // state.params.epoch_slots)
+    seen = {_slot_of(certificate) for certificate in certificates}
+    pools = Pools.of(state.params, len({state.params.epoch_of_slot(slot) for slot in seen if slot in slots}))
     compute, delivery = worker_scores(state, slots, certificates, lease_seconds)
     earned: Counter[bytes] = Counter()
     earned.update(share(pools.checkers, checker_scores(state, epoch, certificates)))
     earned.update(share(pools.compute, compute))
     earned.update(share(pools.delivery, delivery))
     return {account: amount for account, amount in earned.items() if amount > 0}
+
+
+def _slot_of(certificate: QuorumCertificate) -> int:
+    core = certificate.core
+    return core.slot if isinstance(core, VerdictCore | WitnessCore) else -1
 
 
 def cumulative_leaves(previous: Iterable[RewardLeaf], earned: Mapping[bytes, int]) -> tuple[RewardLeaf, ...]:

@@ -231,6 +231,19 @@ def test_an_epoch_never_mints_above_its_reward_and_order_does_not_matter(drawn: 
     assert epoch_rewards(state, EPOCH, SLOTS, certificates, seconds) == earned
 
 
+def test_epochs_of_which_nothing_is_certified_mint_nothing() -> None:
+    """Otherwise who is there after a long stop is paid for all of it: a third of the stake can bring one about."""
+    state = state_of({"c": KAI}, {"w": worker_of("a")})
+    state = replace(state, beacons=Map({slot: name(f"beacon {slot}") for slot in range(12)}))
+    state = replace(state, registries=Map(dict.fromkeys(range(3), state.registries[EPOCH])))
+    once = epoch_rewards(state, EPOCH, SLOTS, [verdict("w", 8)], {})
+    assert epoch_rewards(state, EPOCH, range(12), [verdict("w", 8), verdict("w", 9)], {}) == once
+    assert sum(epoch_rewards(state, EPOCH, range(12), [verdict("w", 8), verdict("w", 4)], {}).values()) > sum(
+        once.values()
+    )
+    assert epoch_rewards(state, EPOCH, SLOTS, [verdict("w", 7)], {}) == {}
+
+
 @given(epochs, st.integers(0, 5), st.integers(1, 10**24))
 def test_more_stake_for_the_same_work_never_earns_less(drawn: dict, which: int, more: int) -> None:
     state, certificates, _ = epoch_of({**drawn, "bonds": [0]})
