@@ -9,14 +9,12 @@ has neither, so a node that asked before a crash does not accuse the worker afte
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from enum import Enum, auto
 
 from kaisar_p2p.wire import matproof, vrf
 from kaisar_p2p.wire.codec import decode, encode
 from kaisar_p2p.wire.crypto import KeyPair, sha256
 from kaisar_p2p.wire.envelope import Signed, seal
-from kaisar_p2p.wire.matproof import CheckResult, Job
+from kaisar_p2p.wire.matproof import CheckResult
 from protocols.actions import (
     Action,
     Answer,
@@ -73,6 +71,7 @@ from protocols.popw import (
     validate_commit,
     validate_tags,
 )
+from protocols.popw_check import Check, Stage
 from protocols.popw_commits import Commitments, parse_commit_request
 from protocols.popw_votes import (
     CERTIFICATE_TOPIC,
@@ -92,55 +91,6 @@ RETRY_S = 0.25
 """Between attempts to reach a worker, while it still waits for challenges."""
 VOTE_PATIENCE_S = 4.0
 """After this long without a certificate, the vote goes to the next two members as well."""
-
-
-class Stage(Enum):
-    """Where a seat is with one check."""
-
-    WAITING = auto()
-    COMMITTED = auto()
-    CHECKING = auto()
-    VOTED = auto()
-    DROPPED = auto()
-
-
-@dataclass
-class Check:
-    """One check of this slot in which this node has a seat.
-
-    The worker's time counts from `sent_at`: the slot's start (`started_at`), or when the first challenge that may have
-    reached it (`reached_out`) left this node.
-    """
-
-    name: str
-    due: DueCheck
-    challenge: Challenge
-    payload: bytes
-    beacon: bytes
-    job: Job
-    order: tuple[bytes, ...]
-    tally: Tally
-    commitments: Commitments
-    started_at: float
-    sent_at: float
-    reached_out: bool = False
-    stage: Stage = Stage.WAITING
-    attempt: int = 0
-    retry_at: float | None = None
-    elapsed_ms: int = 0
-    commit: Commit | None = None
-    tags: tuple[bytes, ...] = ()
-    proof: bytes = b""
-    vote: bytes = b""
-    duty: Duty | None = None
-    asked: int = 0
-    patience_at: float | None = None
-    pending: set[str] = field(default_factory=set)
-
-    @property
-    def committee(self) -> Committee:
-        """Who has a seat."""
-        return self.tally.committee
 
 
 class SeatMachine:

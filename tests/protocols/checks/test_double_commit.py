@@ -11,7 +11,8 @@ from kaisar_p2p.wire.envelope import Signed, seal
 from protocols import actions as do
 from protocols.equivocation import DoubleCommit, WrongResult, context_of, verify_evidence
 from protocols.popw import CHALLENGE_PROTOCOL, VOTE_PROTOCOL, Commit, CommitRequest
-from protocols.popw_seat import SeatMachine, Stage
+from protocols.popw_check import Stage
+from protocols.popw_seat import SeatMachine
 from protocols.popw_votes import REFUSED
 from protocols.popw_worker import WorkerCheckMachine
 from tests.protocols.checks.conftest import (

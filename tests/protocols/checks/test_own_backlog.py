@@ -8,7 +8,8 @@ from kaisar_p2p.wire.codec import decode
 from protocols import actions as do
 from protocols.interpreter.events import SlotStarted
 from protocols.popw import PASS, SILENT, Vote
-from protocols.popw_seat import RETRY_S, Check, SeatMachine, Stage
+from protocols.popw_check import Check, Stage
+from protocols.popw_seat import RETRY_S, SeatMachine
 from tests.protocols.checks.conftest import PARAMS, SEATS, Swarm, seat_machine, state_at, swarm_of, verdict_of
 
 WAIT_S = PARAMS.challenge_wait_ms / 1000

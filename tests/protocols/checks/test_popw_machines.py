@@ -19,7 +19,8 @@ from protocols.committees import check_committee
 from protocols.interpreter.events import SlotStarted
 from protocols.interpreter.state import REGISTERED
 from protocols.popw import BADJOB, LATE, NO_COMMIT, PASS, SILENT, WRONG, Challenge, Vote
-from protocols.popw_seat import SeatMachine, Stage
+from protocols.popw_check import Stage
+from protocols.popw_seat import SeatMachine
 from protocols.popw_worker import WorkerCheckMachine, WorkerFaults
 from tests.protocols.checks.conftest import (
     NETWORK,
