@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,9 @@ from kaisar_p2p.wire.money import planck_to_kai
 from node.commands.options import AsJson, DataDir, NoPassphrase, PassphraseFile, SchemeName, data_directory
 from node.commands.output import say, show_json
 from node.passphrase import read_passphrase
+
+if TYPE_CHECKING:
+    from node.initialise import Made, Plan
 
 NETWORKS = ("demo", "testnet", "mainnet")
 
@@ -70,7 +73,7 @@ def init(
 
       kaisar init --role provider --ledger /srv/kaisar/ledger.sqlite --passphrase-file secret.txt
     """
-    from node.initialise import OWN_BALANCE_PLANCK, Plan, initialise
+    from node.initialise import Plan, initialise
 
     if network not in NETWORKS:
         raise typer.BadParameter(f"{network!r} is not one of {', '.join(NETWORKS)}", param_hint="--network")
@@ -80,33 +83,41 @@ def init(
     passphrase = new_passphrase(no_passphrase=no_passphrase, file=passphrase_file)
     plan = Plan(directory, passphrase, network, ledger, genesis, Scheme.from_label(scheme), settings)
     made = initialise(plan, time_ms=time.time_ns() // 1_000_000)
+    if as_json:
+        _show_json(plan, made, show_mnemonic)
+    else:
+        _tell(plan, made, show_mnemonic)
+
+
+def _show_json(plan: Plan, made: Made, show_mnemonic: bool) -> None:
     record = {
-        "data_directory": str(directory),
+        "data_directory": str(plan.data_directory),
         "key": made.machine.public_key.hex(),
         "peer_id": made.machine.peer_id,
         "address": made.wallet.address,
         "network": made.network.hex(),
         "own_ledger": made.own_ledger,
-        "encrypted": passphrase is not None,
+        "encrypted": plan.passphrase is not None,
     }
-    if show_mnemonic:
-        record["mnemonic"] = made.phrase
-    if as_json:
-        show_json(record)
-        return
-    print(f"Made {directory}")
-    print(f"Machine key  {record['key']}")
+    show_json(record | ({"mnemonic": made.phrase} if show_mnemonic else {}))
+
+
+def _tell(plan: Plan, made: Made, show_mnemonic: bool) -> None:
+    from node.initialise import OWN_BALANCE_PLANCK
+
+    print(f"Made {plan.data_directory}")
+    print(f"Machine key  {made.machine.public_key.hex()}")
     print(f"Wallet main  {made.wallet.address}")
     if show_mnemonic:
         print(f"Phrase       {made.phrase}")
     if made.own_ledger:
         balance = planck_to_kai(OWN_BALANCE_PLANCK)
-        say(f"A new local ledger for development was made ({network}); the wallet has {balance} KAI on it.")
-    if passphrase is None:
+        say(f"A new local ledger for development was made ({plan.network}); the wallet has {balance} KAI on it.")
+    if plan.passphrase is None:
         say("The keys are stored unencrypted.")
     if not show_mnemonic:
-        say(f"Keep a copy of the wallet: kaisar wallet export main --data-dir {directory}")
-    say(f"Next: kaisar run --data-dir {directory}")
+        say(f"Keep a copy of the wallet: kaisar wallet export main --data-dir {plan.data_directory}")
+    say(f"Next: kaisar run --data-dir {plan.data_directory}")
 
 
 def _lists(
