@@ -25,8 +25,8 @@ ShouldStop = Callable[[], bool]
 """Asked before every block of the product; True abandons the proof with `ProofCancelled`."""
 
 # Wide blocks of few rows keep BLAS as fast as one large product; tall ones of the same size do not.
-_LEFT_BYTES = 1 << 25
-_RIGHT_BYTES = 1 << 27
+_LEFT_BYTES = 1 << 26
+_RIGHT_BYTES = 1 << 28
 
 Operand = NDArray[np.float32]
 
@@ -78,7 +78,7 @@ class NumpyBackend:
     """Float32 matrix products on the CPU: exact, because no partial sum exceeds 2²⁴.
 
     The product is made block by block, and rows of A are made again for every panel of B. That costs 1 % of the
-    time and keeps memory at about 180 MiB whatever n is. The backend keeps its buffers from one proof to the next,
+    time and keeps memory at about 400 MiB whatever n is. The backend keeps its buffers from one proof to the next,
     since fresh pages would cost more than the rows; drop the backend to free them.
     """
 
