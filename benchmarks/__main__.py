@@ -76,7 +76,8 @@ def main(name: str, as_json: bool = typer.Option(False, "--json", help="End with
     if as_json:
         sys.stdout.write(json.dumps(figures) + "\n")
     else:
-        Console().print(table(name, figures))
+        # Where nobody has a terminal, lines are as long as they need to be.
+        Console(width=None if sys.stdout.isatty() else 200).print(table(name, figures))
 
 
 if __name__ == "__main__":
