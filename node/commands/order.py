@@ -273,7 +273,7 @@ def cancel(order: OrderId, data_dir: DataDir = None, as_json: AsJson = False) ->
     if as_json:
         show_json(answer)
     else:
-        print(f"Order {order} is cancelled; it is settled with the next anchored epoch")
+        print(f"Order {order} is cancelled; what is left of it comes back when the next anchored epoch settles it")
 
 
 @app.command("templates")
