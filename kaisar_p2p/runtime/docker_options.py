@@ -15,7 +15,7 @@ from docker.types import DeviceRequest, LogConfig
 from kaisar_p2p.runtime.interface import ContainerSpec, ContainerStatus
 
 LEASE_LABEL, NODE_LABEL, ROOT_LABEL = "kaisar.lease", "kaisar.node", "kaisar.root"
-GPUS_LABEL, DISK_LABEL = "kaisar.gpus", "kaisar.disk-mb"
+GPUS_LABEL, DISK_LABEL, PORTS_LABEL = "kaisar.gpus", "kaisar.disk-mb", "kaisar.ports"
 HOST = "127.0.0.1"
 PROGRAM_HOST = "0.0.0.0"  # inside the container's own network
 NETWORK = "kaisar"
@@ -36,7 +36,13 @@ def arguments(spec: ContainerSpec, node_id: str, gpus: tuple[str, ...], *, read_
     made: dict[str, Any] = {
         "command": [_filled(part) for part in spec.command] or None,
         "name": f"kaisar-{node_id[:8]}-{spec.lease[:16]}",
-        "labels": {LEASE_LABEL: spec.lease, NODE_LABEL: node_id, GPUS_LABEL: ",".join(gpus), DISK_LABEL: ""},
+        "labels": {
+            LEASE_LABEL: spec.lease,
+            NODE_LABEL: node_id,
+            GPUS_LABEL: ",".join(gpus),
+            DISK_LABEL: "",
+            PORTS_LABEL: _joined(spec.ports),
+        },
         "environment": _environment(spec),
         "use_config_proxy": False,  # the operator's proxy, and its password, are nobody else's
         "ports": {f"{port}/tcp": (HOST, None) for port in spec.ports},
@@ -58,6 +64,10 @@ def arguments(spec: ContainerSpec, node_id: str, gpus: tuple[str, ...], *, read_
     if gpus:
         made["device_requests"] = [DeviceRequest(device_ids=list(gpus), capabilities=[["gpu"]])]
     return made
+
+
+def _joined(ports: tuple[int, ...]) -> str:
+    return ",".join(map(str, ports))
 
 
 def _filled(part: str) -> str:
@@ -88,4 +98,6 @@ def status_of(container: Any) -> ContainerStatus:
     for name, bindings in ((container.attrs.get("NetworkSettings") or {}).get("Ports") or {}).items():
         if bindings:
             ports.append((int(name.partition("/")[0]), (HOST, int(bindings[0]["HostPort"]))))
-    return ContainerStatus(container.labels.get(LEASE_LABEL, ""), phase, code, tuple(sorted(ports)))
+    order = container.labels.get(PORTS_LABEL, "").split(",")  # the engine has its own
+    ports.sort(key=lambda pair: order.index(str(pair[0])) if str(pair[0]) in order else len(order))
+    return ContainerStatus(container.labels.get(LEASE_LABEL, ""), phase, code, tuple(ports))

@@ -31,7 +31,7 @@ class ContainerSpec:
 class ContainerStatus:
     """`phase` is "created", "running" or "exited".
 
-    `ports` maps the program's ports to (host, port) reachable from this node.
+    `ports`, in the order of the spec, maps the program's ports to (host, port) reachable from this node.
     """
 
     lease: str

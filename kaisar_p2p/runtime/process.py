@@ -242,7 +242,7 @@ def _launch(directory: Path, spec: ContainerSpec) -> None:
         "environment": _environment(directory, spec, ports),
         "memory_mb": max(spec.memory_mb, LEAST_MEMORY_MB),
         "disk_mb": max(spec.disk_mb, LEAST_DISK_MB),
-        "ports": sorted(ports.items()),
+        "ports": list(ports.items()),
     }
     with open(directory / "spec.json", "w", encoding="utf-8", opener=partial(os.open, mode=0o600)) as file:
         json.dump(content, file)

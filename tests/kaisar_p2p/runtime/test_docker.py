@@ -183,6 +183,14 @@ def runtime(engine: FakeEngine) -> DockerRuntime:
     return DockerRuntime(engine, NODE)
 
 
+async def test_ports_keep_the_order_in_which_they_were_asked_for(runtime: DockerRuntime) -> None:
+    """The first one is health-checked, also by a node that finds the container again."""
+    started = await runtime.start(replace(spec(), ports=(443, 80)))
+    assert [port for port, _ in started.ports] == [443, 80]
+    (found,) = await runtime.containers()
+    assert [port for port, _ in found.ports] == [443, 80]
+
+
 async def test_a_container_is_limited_labelled_and_reached_on_loopback(
     engine: FakeEngine, runtime: DockerRuntime
 ) -> None:
@@ -192,8 +200,12 @@ async def test_a_container_is_limited_labelled_and_reached_on_loopback(
     assert status.address(443) == ("127.0.0.1", 32769)
     options = engine.here[0].options
     assert options["labels"] == {
-        "kaisar.lease": LEASE, "kaisar.node": NODE, "kaisar.gpus": "0", "kaisar.disk-mb": "1024"
-    }  # fmt: skip
+        "kaisar.lease": LEASE,
+        "kaisar.node": NODE,
+        "kaisar.gpus": "0",
+        "kaisar.disk-mb": "1024",
+        "kaisar.ports": "80,443",
+    }
     assert options["ports"] == {"80/tcp": ("127.0.0.1", None), "443/tcp": ("127.0.0.1", None)}
     assert (options["mem_limit"], options["memswap_limit"]) == ("512m", "512m")
     assert options["nano_cpus"] == 2 * 10**9

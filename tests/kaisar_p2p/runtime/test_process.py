@@ -332,6 +332,15 @@ async def test_children_are_found_on_kernels_that_do_not_list_them() -> None:
 # ── a restart of the node ────────────────────────────────────────────────────────────────────────────────────────────
 
 
+async def test_ports_keep_the_order_in_which_they_were_asked_for(runtime: ProcessRuntime) -> None:
+    """The first one is health-checked, also by a node that finds the program again."""
+    started = await runtime.start(spec("sleep", "100", ports=(9000, 80)))
+    assert [port for port, _ in started.ports] == [9000, 80]
+    (found,) = await ProcessRuntime(runtime._base).containers()
+    assert found.ports == started.ports
+    await runtime.stop(LEASE, 0.1)
+
+
 async def test_a_new_runtime_finds_running_and_ended_programs_again(runtime: ProcessRuntime) -> None:
     running = await runtime.start(spec(PYTHON, "-m", "http.server", "{port:80}", "--bind", "127.0.0.1", ports=(80,)))
     other = "cd" * 32
