@@ -127,6 +127,7 @@ DEMO = replace(
     standby_check_permille=250,
     job_n=1024,
     job_k=2048,
+    job_rounds=3,
     deadline_ms=6_000,
     challenge_wait_ms=2_500,
     tags_wait_ms=4_000,

@@ -37,7 +37,7 @@ from protocols.popw_worker import NOTHING, WorkerCheckMachine
 from protocols.quorum import CoreVote, ReadyCore, VerdictCore
 
 NETWORK = sha256(b"refusals").digest()
-PARAMS = replace(DEMO, job_n=64, job_k=64, job_tile=32, standby_check_permille=1000)
+PARAMS = replace(DEMO, job_n=64, job_k=64, job_tile=32, job_rounds=1, standby_check_permille=1000)
 SLOT = 9
 EPOCH = PARAMS.epoch_of_slot(SLOT)
 WORKER = KeyPair.from_seed(sha256(b"worker").digest())

@@ -59,7 +59,7 @@ from protocols.popw import PASS, Assignment
 from protocols.quorum import QuorumCertificate, ReadyCore, VerdictCore
 
 NETWORK = sha256(b"a hostile world").digest()
-PARAMS = replace(DEMO, job_n=64, job_k=64, job_tile=32, standby_check_permille=0)
+PARAMS = replace(DEMO, job_n=64, job_k=64, job_tile=32, job_rounds=1, standby_check_permille=0)
 EPOCH, SLOT, NUMBER = 1, 7, 47
 """The last block of epoch 1: its epoch messages, slot 7's checks and open leases are all live."""
 SPEC = Spec(CPU_CLASS, 8, 16_000, 100_000, 0, 0, "")

@@ -31,7 +31,7 @@ from protocols.popw_worker import WorkerCheckMachine, WorkerFaults
 from protocols.quorum import QuorumCertificate, VerdictCore
 
 NETWORK = sha256(b"test network").digest()
-PARAMS = replace(DEMO, job_n=64, job_k=64, job_tile=32, standby_check_permille=1000)
+PARAMS = replace(DEMO, job_n=64, job_k=64, job_tile=32, job_rounds=1, standby_check_permille=1000)
 SPEC = Spec(GPU_CLASS, 8, 32_000, 100_000, 1, 24_000, "RTX 4090")
 SLOT = 9
 DELAY_S = 0.03
