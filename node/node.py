@@ -53,7 +53,6 @@ class Node:
     lease_client: LeaseClientMachine
     started_at: float
     stopping: trio.Event = field(default_factory=trio.Event)
-    calls: trio.Lock = field(default_factory=trio.Lock)
 
     @property
     def key(self) -> bytes:

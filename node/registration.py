@@ -7,14 +7,17 @@ from dataclasses import dataclass
 
 import trio
 
+from kaisar_p2p.errors import HardwareError
 from kaisar_p2p.hardware.probe import Machine as Hardware
+from kaisar_p2p.hardware.prove import Proof
 from kaisar_p2p.identity import ss58_encode
 from kaisar_p2p.wire.ids import short
-from kaisar_p2p.wire.matproof import Job
+from kaisar_p2p.wire.matproof import CheckResult, Job
 from kaisar_p2p.wire.money import planck_to_kai
+from node.compute import Computer
 from node.config import Config
 from node.node import Node
-from protocols.actions import ProveTask
+from protocols.actions import CheckTask, ProveTask
 from protocols.adverts import CPU_CLASS, GPU_CLASS, Spec
 from protocols.interpreter.state import AccountState
 from protocols.onboarding import Onboarding, registration_note
@@ -22,6 +25,7 @@ from protocols.onboarding import Onboarding, registration_note
 log = logging.getLogger(__name__)
 
 SELF_TEST = Job(256, 256, 128, 1)
+SELF_TEST_SAMPLES = 16
 MB = 1 << 20
 
 
@@ -56,7 +60,7 @@ class Registration:
         offer = f"{spec.cpu_cores} cores, {spec.memory_mb} MB memory, {spec.disk_mb} MB disk, {spec.gpus} GPUs"
         await node.note(registration_note(2, offer))
         await node.note(registration_note(3, self._runtime_text(node)))
-        await node.effects.computer.run(ProveTask(SELF_TEST, bytes(32)))
+        await self_test(node.effects.computer)
         await node.note(registration_note(4, f"self-test of the proof backend passed on {self.hardware.cpu_model}"))
         await self._wallet(node, onboarding)
         await self._peers(node)
@@ -89,3 +93,18 @@ class Registration:
             await node.chain.advanced()
         records = len(node.chain.state.bootstrap)
         await node.note(registration_note(6, f"{records} bootstrap records on the ledger"))
+
+
+async def self_test(computer: Computer) -> None:
+    """Prove a tiny job and check it as a committee would; HardwareError when the backend computes wrongly."""
+    seed = bytes(32)
+    proof = await computer.run(ProveTask(SELF_TEST, seed))
+    assert isinstance(proof, Proof)
+    tags = tuple(each.astype("<u4", copy=False).tobytes() for each in proof.tags)
+    checked = await computer.run(CheckTask(SELF_TEST, seed, proof.roots, tags, bytes(32), SELF_TEST_SAMPLES))
+    assert isinstance(checked, CheckResult)
+    if not checked.ok:
+        raise HardwareError(
+            "the proof backend of this machine computes wrongly",
+            hint="checks would find out: look at its memory and drivers before it is registered",
+        )

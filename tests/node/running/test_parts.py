@@ -15,15 +15,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import trio
 from immutables import Map
 
 from kaisar_p2p.errors import HardwareError, StoreError
-from kaisar_p2p.hardware.prove import select_backend
+from kaisar_p2p.hardware.prove import Proof, select_backend
 from kaisar_p2p.wire.crypto import KeyPair
 from kaisar_p2p.wire.envelope import open_signed, seal
-from kaisar_p2p.wire.matproof import CheckResult, Job
+from kaisar_p2p.wire.matproof import CheckResult, Job, tags_root
 from node import index as index_module
 from node.clock import Clock
 from node.compute import Computer
@@ -32,7 +33,7 @@ from node.inbox import RULES, Inbox, Lane
 from node.index import EVENTS_PER_LEASE, Index
 from node.log import configure_logging
 from node.peers import MAX_BOOTSTRAP, PeerKeeper
-from node.registration import offered_spec
+from node.registration import offered_spec, self_test
 from node.store import NodeStore
 from protocols.actions import BlockApplied, CheckTask, Duty, Gossip, Note, ProveTask, RequestEnded, Wake
 from protocols.adverts import CPU_CLASS, GPU_CLASS, Heartbeat, Spec, WorkerAdvert
@@ -192,6 +193,23 @@ async def test_a_proof_and_its_check() -> None:
         wrong = await computer.run(CheckTask(job, os.urandom(32), proof.roots, tags, bytes(32), 1))
         assert isinstance(wrong, CheckResult)
         assert not wrong.ok
+
+
+class WrongBackend:
+    """Commits, consistently, to what it did not compute."""
+
+    name = "wrong"
+
+    def prove(self, job: Job, seed: bytes, should_stop: Any = None) -> Proof:
+        honest = select_backend("numpy").prove(job, seed)
+        tags = tuple(each ^ np.uint32(1) for each in honest.tags)
+        return Proof(tuple(tags_root(each) for each in tags), tags)
+
+
+async def test_a_backend_that_computes_wrongly_fails_its_self_test() -> None:
+    await self_test(Computer(select_backend("numpy")))
+    with pytest.raises(HardwareError, match="computes wrongly"):
+        await self_test(Computer(WrongBackend()))
 
 
 async def test_work_runs_one_at_a_time_and_stops_when_nobody_wants_it() -> None:
