@@ -55,9 +55,11 @@ class Chain:
         """Apply every finalized block, from the beginning; until cancelled.
 
         What was final before we started is not live, however young it is: it happened to an earlier run of this node,
-        and acting on a state that is not the newest would repeat what is done, such as buying a licence.
+        and acting on a state that is not the newest would repeat what is done, such as buying a licence. Machines get
+        the last epochs of it to resume; what is older is in the state.
         """
         tip = (await self.ledger.finalized()).number
+        recent = tip - REMEMBERED_EPOCHS * self.state.params.epoch_blocks
         async with aclosing(self.ledger.follow(None)) as blocks:
             async for block in blocks:
                 self.state, events = apply(self.state, block)
@@ -65,15 +67,10 @@ class Chain:
                 self._remember_anchors(block, events)
                 age_s = self._clock.now() - block.time_ms / 1000
                 live = block.number >= tip and age_s < max(LIVE_LAG_S, 4 * self.state.params.slot_ms / 1000)
-                if live or await self._is_recent(block.number):
+                if block.number > recent:
                     await self._inbox.put_patiently(Lane.BLOCK, BlockApplied(self.state, events, live))
                 self._advanced.set()
                 self._advanced = trio.Event()
-
-    async def _is_recent(self, number: int) -> bool:
-        """Machines need the last epochs to resume; what is older is in the state."""
-        tip = await self.ledger.finalized()
-        return number > tip.number - REMEMBERED_EPOCHS * self.state.params.epoch_blocks
 
     def _remember_outcomes(self, events: tuple[LedgerEvent, ...]) -> None:
         for event in events:
