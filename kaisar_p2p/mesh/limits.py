@@ -51,12 +51,20 @@ class MeshConfig:
     `listen` are multiaddrs ``/ip4/<address>/tcp/<port>`` (port 0: any free one), `network` is the network's name in
     topics, `announce` replaces the addresses that the node tells others, `allow_private` says whether loopback and
     private addresses of others are dialed (default: when the node itself listens on one).
+
+    `pre_shared_key` (32 bytes) makes the swarm private, `relay` says whether we carry others' connections (default:
+    when we are reachable from outside), `upnp` asks the router to forward our port, `mdns` looks for peers on the
+    local network (default: when the node listens on more than loopback).
     """
 
     listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
     network: str = "testnet"
     announce: tuple[str, ...] = ()
     allow_private: bool | None = None
+    pre_shared_key: bytes | None = field(default=None, repr=False)
+    relay: bool | None = None
+    upnp: bool | None = None
+    mdns: bool | None = None
     limits: MeshLimits = field(default_factory=MeshLimits)
 
 
