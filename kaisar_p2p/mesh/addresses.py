@@ -16,6 +16,7 @@ from kaisar_p2p.mesh.ids import id_of, key_of
 from libp2p.peer.id import ID  # isort: skip
 
 _MAX_TEXT = 160
+_CIRCUIT = "/p2p-circuit"
 _HOST_PROTOCOLS = ("ip4", "ip6", "dns4", "dns6", "dns")
 
 
@@ -43,6 +44,44 @@ class Address:
         return self.kind.startswith("ip") and ipaddress.ip_address(self.host).is_unspecified
 
 
+@dataclass(frozen=True)
+class CircuitAddress:
+    """A peer behind a relay, ``<address of the relay>/p2p/<relay id>/p2p-circuit`` as a multiaddr.
+
+    Source: https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md.
+    """
+
+    relay: bytes  # machine key
+    through: Address  # where the relay is dialed
+
+    def __str__(self) -> str:
+        return f"{self.through}/p2p/{id_of(self.relay)}{_CIRCUIT}"
+
+    @property
+    def is_private(self) -> bool:
+        """The relay is on loopback or a private network."""
+        return self.through.is_private
+
+    @property
+    def is_wildcard(self) -> bool:
+        """The relay's address is not one to dial."""
+        return self.through.is_wildcard
+
+
+AnyAddress = Address | CircuitAddress
+
+
+def parse_any(text: str) -> tuple[AnyAddress, bytes | None]:
+    """`parse`, which also takes ``<relay>/p2p/<relay id>/p2p-circuit[/p2p/<ed25519 peer id>]``. Raises ValueError."""
+    before, circuit, after = text.partition(_CIRCUIT)
+    if not circuit:
+        return parse(text)
+    through, relay = parse(before)
+    if relay is None or (after and not after.startswith("/p2p/")):
+        raise ValueError(f"not an address behind a relay: {text!r:.80}")
+    return CircuitAddress(relay, through), _key_in(["", "", "", "", "", *after.split("/")[1:]])
+
+
 def parse(text: str) -> tuple[Address, bytes | None]:
     """An address and, when the multiaddr ends in ``/p2p/<id>``, the machine key in it.
 
@@ -67,8 +106,8 @@ def parse(text: str) -> tuple[Address, bytes | None]:
 def _key_in(parts: list[str]) -> bytes | None:
     if len(parts) == 5:
         return None
-    if parts[5] != "p2p":
-        raise ValueError("only /p2p may follow the port")
+    if len(parts) != 7 or parts[5] != "p2p" or len(parts[6]) > _MAX_TEXT:
+        raise ValueError("only /p2p and a peer id may follow")
     key = key_of(ID.from_base58(parts[6]).to_bytes())
     if key is None:
         raise ValueError("the peer id is not that of an ed25519 key")
@@ -88,7 +127,7 @@ def peer_of(multiaddr: str) -> tuple[bytes, str]:
     return key, str(address)
 
 
-def with_peer(address: Address, key: bytes) -> str:
+def with_peer(address: AnyAddress, key: bytes) -> str:
     """The multiaddr of a peer at an address."""
     return f"{address}/p2p/{id_of(key)}"
 
