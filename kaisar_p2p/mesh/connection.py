@@ -59,6 +59,14 @@ class TcpStream(TrioTCPStream):
             self._cached_remote_address = (str(host), int(port))
         return self._cached_remote_address
 
+    @property
+    def local_port(self) -> int | None:
+        """Port of our end."""
+        try:
+            return int(self.stream.socket.getsockname()[1])
+        except OSError:
+            return None
+
 
 class Connection(SwarmConn):
     """An authenticated connection and the tasks of its streams; `run` is its whole life."""
@@ -85,6 +93,7 @@ class Connection(SwarmConn):
         self.instance: bytes | None = None  # of the peer's process, told in the peer exchange
         self.since = self._created_at
         self.address: Address | None = None  # that we dialed
+        self.local_port: int | None = None  # that we dialed from
 
     @property
     def remote_host(self) -> str:

@@ -290,15 +290,20 @@ class Network(Swarm):
         )
 
     async def _dial_address(self, key: bytes, address: Address) -> Connection:
-        stream = await trio.open_tcp_stream(address.host, address.port)
+        tcp = await self.open_raw(address)
         try:
-            connection = await self.upgrade_outbound_raw_conn(RawConnection(TcpStream(stream), True), id_of(key))
+            connection = await self.upgrade_outbound_raw_conn(RawConnection(tcp, True), id_of(key))
         except BaseException:
-            await trio.aclose_forcefully(stream)
+            await trio.aclose_forcefully(tcp.stream)
             raise
         assert isinstance(connection, Connection)
         connection.address = address
+        connection.local_port = tcp.local_port
         return connection
+
+    async def open_raw(self, address: Address) -> TcpStream:
+        """A TCP connection before any handshake, as the other end's listener expects it; OSError."""
+        return TcpStream(await trio.open_tcp_stream(address.host, address.port))
 
 
 def _cause(error: BaseException) -> str:
