@@ -39,9 +39,19 @@ class Address:
         return not ipaddress.ip_address(self.host).is_global
 
     @property
+    def is_loopback(self) -> bool:
+        """Of this machine only."""
+        return self.kind.startswith("ip") and ipaddress.ip_address(self.host).is_loopback
+
+    @property
     def is_wildcard(self) -> bool:
         """All interfaces: to listen on, not to dial."""
         return self.kind.startswith("ip") and ipaddress.ip_address(self.host).is_unspecified
+
+    @property
+    def is_dialable(self) -> bool:
+        """It names a host and a port."""
+        return self.port != 0 and not self.is_wildcard
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,11 @@ class CircuitAddress:
     def is_wildcard(self) -> bool:
         """The relay's address is not one to dial."""
         return self.through.is_wildcard
+
+    @property
+    def is_dialable(self) -> bool:
+        """The relay's address names a host and a port."""
+        return self.through.is_dialable
 
 
 AnyAddress = Address | CircuitAddress
@@ -160,7 +175,7 @@ class AddressBook:
         self._allow_private = allow_private
         self._peers = peers
         self._per_peer = addresses_per_peer
-        self._known: OrderedDict[bytes, dict[Address, None]] = OrderedDict()
+        self._known: OrderedDict[bytes, dict[AnyAddress, None]] = OrderedDict()
         self._pinned: set[bytes] = set()
 
     def pin(self, key: bytes) -> None:
@@ -172,17 +187,17 @@ class AddressBook:
         taken = 0
         for text in multiaddrs:
             try:
-                address, named = parse(text)
+                address, named = parse_any(text)
             except ValueError:
                 continue
-            if named not in (None, key) or address.port == 0 or address.is_wildcard:
+            if named not in (None, key) or not address.is_dialable:
                 continue
             if address.is_private and not (self._allow_private or trusted):
                 continue
             taken += self._note(key, address)
         return taken
 
-    def _note(self, key: bytes, address: Address) -> int:
+    def _note(self, key: bytes, address: AnyAddress) -> int:
         addresses = self._known.setdefault(key, {})
         self._known.move_to_end(key)
         is_new = address not in addresses
@@ -199,11 +214,11 @@ class AddressBook:
         if oldest is not None:
             del self._known[oldest]
 
-    def confirm(self, key: bytes, address: Address) -> None:
+    def confirm(self, key: bytes, address: AnyAddress) -> None:
         """The peer answered there: dial it first next time."""
         self._note(key, address)
 
-    def of(self, key: bytes) -> tuple[Address, ...]:
+    def of(self, key: bytes) -> tuple[AnyAddress, ...]:
         """Addresses to dial, the most promising first."""
         return tuple(reversed(self._known.get(key, {})))
 

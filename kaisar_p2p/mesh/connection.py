@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from kaisar_p2p.mesh.addresses import Address
+from kaisar_p2p.mesh.addresses import AnyAddress
 from kaisar_p2p.mesh.negotiation import respond
 from kaisar_p2p.mesh.noise import PROTOCOL_ID as NOISE_ID
 from kaisar_p2p.mesh.yamux import Muxer
@@ -84,7 +84,7 @@ class Connection(SwarmConn):
         self._resource_scope = None
         self._direction = Direction.INBOUND if inbound else Direction.OUTBOUND
         self._actual_transport_addresses = muxer.get_transport_addresses()
-        self._connection_type = ConnectionType.DIRECT
+        self._connection_type = muxer.get_connection_type()
         self._negotiated_security_protocol = str(NOISE_ID)
         self._negotiated_muxer_protocol = str(YAMUX_ID)
         self.key = key
@@ -92,12 +92,17 @@ class Connection(SwarmConn):
         self.retired = False  # another connection with the same peer takes over
         self.instance: bytes | None = None  # of the peer's process, told in the peer exchange
         self.since = self._created_at
-        self.address: Address | None = None  # that we dialed
+        self.address: AnyAddress | None = None  # that we dialed
         self.local_port: int | None = None  # that we dialed from
 
     @property
+    def relayed(self) -> bool:
+        """A relay is between us."""
+        return self._connection_type is ConnectionType.RELAYED
+
+    @property
     def remote_host(self) -> str:
-        """IP address of the other end, "" when it is gone."""
+        """IP address of the other end, "" when it is gone or behind a relay."""
         address = self.muxer.get_remote_address()
         return address[0] if address else ""
 

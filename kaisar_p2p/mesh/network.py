@@ -17,14 +17,16 @@ import errno
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 
 import trio
 
 from kaisar_p2p.errors import ConfigError, PeerUnreachable, PortUnavailable
-from kaisar_p2p.mesh.addresses import Address, parse
+from kaisar_p2p.mesh import tcp as sockets
+from kaisar_p2p.mesh.addresses import Address, AnyAddress, CircuitAddress, parse
 from kaisar_p2p.mesh.connection import YAMUX_ID, Connection, StreamHandler, TcpStream
+from kaisar_p2p.mesh.dialed_back import BACK_PROTOCOL, DialBackTransport, DialedBack
 from kaisar_p2p.mesh.ids import id_of, key_of
 from kaisar_p2p.mesh.limits import MeshLimits
 from kaisar_p2p.mesh.noise import PROTOCOL_ID as NOISE_ID
@@ -33,7 +35,9 @@ from kaisar_p2p.mesh.yamux import Muxer
 from kaisar_p2p.mesh.yamux_stream import ReceivedBytes
 
 from libp2p.abc import IMuxedConn, ISecureConn  # isort: skip
+from libp2p.connection_types import ConnectionType  # isort: skip
 from libp2p.crypto.keys import KeyPair  # isort: skip
+from libp2p.io.abc import ReadWriteCloser  # isort: skip
 from libp2p.network.config import ConnectionConfig  # isort: skip
 from libp2p.network.connection.raw_connection import RawConnection  # isort: skip
 from libp2p.network.connection.swarm_connection import SwarmConn  # isort: skip
@@ -47,8 +51,8 @@ from multiaddr import Multiaddr  # isort: skip
 
 log = logging.getLogger(__name__)
 
-_BACKLOG = 128
 _RETIRED_S = 10.0
+_RETIRED_RELAYED_S = 24 * 3600.0  # a tunnel that began before the direct connection goes on; the relay has limits
 _ANY_ADDRESS = Multiaddr("/ip4/0.0.0.0/tcp/0")  # the library only logs it
 
 
@@ -68,10 +72,14 @@ class _MuxerSelection(MuxerMultistream):
 
 
 class _Upgrader(TransportUpgrader):
-    """Noise and our yamux, nothing else: the library offers plaintext by default."""
+    """Noise and our yamux, nothing else: the library offers plaintext by default. And peers may dial us back."""
 
     def __init__(self, key_pair: KeyPair, limits: MeshLimits) -> None:
         super().__init__({NOISE_ID: NoiseTransport(key_pair)}, {})
+        self.take_secret: Callable[[bytes, str], bool] = lambda _secret, _host: False
+        take = DialBackTransport(lambda secret, host: self.take_secret(secret, host))
+        # Accepted, not offered: the library keeps two tables, one for each side.
+        self.security_multistream.multiselect.add_handler(BACK_PROTOCOL, take)
         self.muxer_multistream = _MuxerSelection(limits)
 
 
@@ -99,6 +107,7 @@ class Network(Swarm):
         self.on_retired: Callable[[Connection], None] = lambda _connection: None
         self.on_disconnected: Callable[[Connection], None] = lambda _connection: None
         self.is_banned: Callable[[bytes], bool] = lambda _key: False
+        self.dial_circuit: Callable[[bytes, CircuitAddress], Awaitable[Connection]] = _no_relays
         self.refused: Counter[str] = Counter()
         self._open: dict[bytes, list[Connection]] = {}
         self._per_host: Counter[str] = Counter()
@@ -135,17 +144,19 @@ class Network(Swarm):
         self.on_disconnected(swarm_conn)
 
     def connection_to(self, key: bytes) -> Connection | None:
-        """The newest open connection with a peer; a retired one only when there is no other."""
+        """The newest open connection with a peer; a relayed, then a retired one only when there is no other."""
         entries = self._open.get(key)
         if not entries:
             return None
-        return next((connection for connection in reversed(entries) if not connection.retired), entries[-1])
+        usable = [connection for connection in reversed(entries) if not connection.retired]
+        direct = next((connection for connection in usable if not connection.relayed), None)
+        return direct or (usable[0] if usable else entries[-1])
 
     async def retire(self, connection: Connection) -> None:
         """Open nothing on this connection any more; close it when the streams it has are over, or after a while."""
         connection.retired = True
         self.on_retired(connection)
-        with trio.move_on_after(_RETIRED_S):
+        with trio.move_on_after(_RETIRED_RELAYED_S if connection.relayed else _RETIRED_S):
             await connection.muxer.wait_without_streams()
         await connection.close()
 
@@ -215,7 +226,7 @@ class Network(Swarm):
             return
         self._per_host[host] += 1
         try:
-            muxer = await self._upgrade_inbound(tcp, host)
+            muxer = await self._upgrade_inbound(RawConnection(tcp, False), host)
             if muxer is not None:
                 await muxer.event_closed.wait()
         finally:
@@ -234,13 +245,15 @@ class Network(Swarm):
             return "address"
         return None
 
-    async def _upgrade_inbound(self, tcp: TcpStream, host: str) -> Muxer | None:
+    async def _upgrade_inbound(self, raw: RawConnection, host: str) -> Muxer | None:
         self._handshaking[host] += 1
         try:
             with trio.fail_after(self.limits.handshake_s):
-                muxer = await self.upgrade_inbound_raw_conn(RawConnection(tcp, False), _ANY_ADDRESS)
+                muxer = await self.upgrade_inbound_raw_conn(raw, _ANY_ADDRESS)
             assert isinstance(muxer, Muxer)
             return muxer
+        except DialedBack:
+            return None
         except Exception as error:  # noqa: BLE001  (the edge: a handshake made of garbage can raise anything)
             self.refused["handshake"] += 1
             log.debug("inbound handshake with %s failed: %r", host, error)
@@ -252,7 +265,7 @@ class Network(Swarm):
 
     # -- dialing ------------------------------------------------------------------------------------------------------
 
-    async def dial(self, key: bytes, addresses: Iterable[Address]) -> Connection:
+    async def dial(self, key: bytes, addresses: Iterable[AnyAddress]) -> Connection:
         """The open connection with a peer, or a new one to the first of its addresses that answers as that peer.
 
         Raises PeerUnreachable. Concurrent dials of one peer share one attempt.
@@ -272,7 +285,11 @@ class Network(Swarm):
             del self._dialing[key]
             done.set()
 
-    async def _dial_each(self, key: bytes, addresses: tuple[Address, ...]) -> Connection:
+    async def dial_direct(self, key: bytes, addresses: Iterable[Address]) -> Connection:
+        """A new direct connection, though there is a relayed one; raises PeerUnreachable."""
+        return await self._dial_each(key, tuple(addresses))
+
+    async def _dial_each(self, key: bytes, addresses: tuple[AnyAddress, ...]) -> Connection:
         if self.is_banned(key):
             raise PeerUnreachable(
                 f"peer {key.hex()[:12]} is banned for misbehaviour", hint="it is forgotten after a few minutes"
@@ -289,21 +306,69 @@ class Network(Swarm):
             hint="is it running, and do the networks let you through?",
         )
 
-    async def _dial_address(self, key: bytes, address: Address) -> Connection:
+    async def _dial_address(self, key: bytes, address: AnyAddress) -> Connection:
+        if isinstance(address, CircuitAddress):
+            return await self.dial_circuit(key, address)
         tcp = await self.open_raw(address)
+        connection = await self.upgrade_dialed(tcp, key)
+        connection.address = address
+        return connection
+
+    async def open_raw(self, address: Address, *, fresh_port: bool = False) -> TcpStream:
+        """A TCP connection before any handshake, as the other end's listener expects it; OSError.
+
+        Towards public addresses it leaves from a port that we listen on, unless it is to be a fresh one.
+        """
+        source = None if fresh_port else sockets.dialing_source(address, self.bound)
+        return TcpStream(await sockets.connect(address, source))
+
+    async def upgrade_dialed(self, tcp: TcpStream, key: bytes, *, initiator: bool = True) -> Connection:
+        """Authenticate a TCP connection that we dialed; with `initiator` False the peer starts the handshakes.
+
+        The latter for a simultaneous open (https://github.com/libp2p/specs/blob/master/relay/DCUtR.md). Raises
+        whatever the library makes of a failed handshake, and closes the stream then.
+        """
         try:
-            connection = await self.upgrade_outbound_raw_conn(RawConnection(tcp, True), id_of(key))
+            if initiator:
+                connection = await self.upgrade_outbound_raw_conn(RawConnection(tcp, True), id_of(key))
+            else:
+                connection = await self._upgrade_as_responder(RawConnection(tcp, False), key)
         except BaseException:
             await trio.aclose_forcefully(tcp.stream)
             raise
         assert isinstance(connection, Connection)
-        connection.address = address
         connection.local_port = tcp.local_port
         return connection
 
-    async def open_raw(self, address: Address) -> TcpStream:
-        """A TCP connection before any handshake, as the other end's listener expects it; OSError."""
-        return TcpStream(await trio.open_tcp_stream(address.host, address.port))
+    async def _upgrade_as_responder(self, raw: RawConnection, key: bytes) -> Connection:
+        muxer = await self.upgrade_inbound_raw_conn(raw, _ANY_ADDRESS)
+        assert isinstance(muxer, Muxer)
+        connection = next((c for c in self.connections_with(key) if c.muxer is muxer), None)
+        if connection is None:
+            muxer.abort()
+            raise SwarmException("somebody else answered")
+        return connection
+
+    # -- over a relay -------------------------------------------------------------------------------------------------
+
+    async def upgrade_outbound_stream(self, raw: ReadWriteCloser, key: bytes) -> Connection:
+        """Authenticate and multiplex a stream of a relay that leads to a peer; raises what a failed handshake does."""
+        relayed = RawConnection(raw, True, ConnectionType.RELAYED, [])
+        connection = await self.upgrade_outbound_raw_conn(relayed, id_of(key))
+        assert isinstance(connection, Connection)
+        return connection
+
+    async def upgrade_inbound_stream(self, raw: ReadWriteCloser, relay: bytes) -> Muxer | None:
+        """As `upgrade_outbound_stream`, for a stream that a relay brought us; None when the handshake fails."""
+        reason = self._refusal(relay.hex())
+        if reason is not None:
+            self.refused[reason] += 1
+            return None
+        return await self._upgrade_inbound(RawConnection(raw, False, ConnectionType.RELAYED, []), relay.hex())
+
+
+async def _no_relays(_key: bytes, address: CircuitAddress) -> Connection:
+    raise PeerUnreachable(f"no relays are used: {address}")
 
 
 def _cause(error: BaseException) -> str:
@@ -326,7 +391,7 @@ async def _bind(text: str) -> list[trio.SocketListener]:
     except ValueError as error:
         raise ConfigError(f"cannot listen on {text!r}: {error}", hint="/ip4/<address>/tcp/<port>") from None
     try:
-        return await trio.open_tcp_listeners(address.port, host=address.host, backlog=_BACKLOG)
+        return await sockets.listen(address)
     except OSError as error:
         ours = error.errno != errno.EADDRNOTAVAIL
         hint = "stop what uses it, or choose another" if ours else "this machine does not have it: choose another"
