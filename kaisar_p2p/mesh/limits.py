@@ -23,9 +23,17 @@ class MeshLimits:
     streams_per_connection: int = 256  # that a peer may have open towards us
     opens_per_s: float = 300.0  # streams that a peer may open, sustained
     opens_burst: int = 600
+    streams: int = 4096  # that all peers together may have open towards us
     connections: int = 160
-    connections_per_address: int = 64
+    outbound_reserved: int = 32  # of them, that only we can fill by dialing
+    connections_per_key: int = 4  # several processes with one key; twice that while they are settled
+    connections_per_address: int = 16  # inbound, from an IPv4 address or an IPv6 /64
+    connections_per_subnet: int = 48  # inbound, from an IPv4 /24 or an IPv6 /56
+    private_factor: int = 8  # a loopback or private address may have so many times what a public one may; 1: the same
+    idle_s: float = 300.0  # a peer of no use for so long gives way when connections run out
     handshakes: int = 32  # unauthenticated connections at a time
+    handshakes_per_address: int = 8  # half of all for a private address
+    handshakes_per_s: float = 10.0  # of one address, sustained; five seconds' worth at once
     handshake_s: float = 10.0
     negotiation_s: float = 10.0  # multistream-select on a new stream
     dial_s: float = 5.0  # one address
@@ -37,11 +45,17 @@ class MeshLimits:
     seen_messages: int = 16384
     seen_s: float = 120.0
     heartbeat_s: float = 1.0
-    ban_s: float = 300.0
+    ban_s: float = 60.0  # the first ban; each further one is five times as long
+    ban_max_s: float = 86_400.0
+    remembered_peers: int = 4096  # accounts of misbehaviour, as many again of addresses
     known_peers: int = 1024  # address book
     addresses_per_peer: int = 8
     target_peers: int = 8  # connections that the node looks for by itself
     exchange_s: float = 30.0  # interval of asking a random peer for more peers
+    reach_check_s: float = 900.0  # interval of asking peers to dial us back
+    reach_helpers: int = 5  # peers that are asked
+    dialbacks: int = 8  # dials for peers that ask, at a time
+    dialbacks_per_s: float = 2.0
 
 
 @dataclass(frozen=True)
