@@ -108,6 +108,10 @@ vectors: setup
 bench name *args: setup
     {{ bin }}/python -m benchmarks "$@"
 
+# Load one mesh node for long, and say whether its memory grows: just soak --minutes 1 --cycles 500
+soak *args: setup
+    {{ bin }}/python -m benchmarks.soak "$@"
+
 # Resolve the dependencies of pyproject.toml and pin them by hash: just lock --upgrade
 lock *args: setup
     #!/usr/bin/env bash

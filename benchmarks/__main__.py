@@ -43,9 +43,9 @@ def load(name: str) -> list[Figure]:
     return figures
 
 
-def table(name: str, figures: Sequence[Figure]) -> Table:
+def table(name: str, figures: Sequence[Figure], about: str = "") -> Table:
     """Lay figures out: value and unit, what they are compared with, and whether the target is met."""
-    result = Table(title=f"{name}: {KNOWN[name]}", title_justify="left")
+    result = Table(title=f"{name}: {about or KNOWN[name]}", title_justify="left")
     for heading in ("figure", "value", "unit", "compared with", "ratio", "target", ""):
         result.add_column(heading, justify="right" if heading in ("value", "ratio") else "left")
     for figure in figures:
