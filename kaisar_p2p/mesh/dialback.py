@@ -27,6 +27,7 @@ from kaisar_p2p.mesh.negotiation import proposal
 from kaisar_p2p.mesh.network import Network
 from kaisar_p2p.mesh.reachability import host_of, is_public, kind_of, voice_of
 from kaisar_p2p.mesh.streams import MeshStream
+from kaisar_p2p.mesh.yamux_stream import MuxedStream
 from kaisar_p2p.wire.codec import U8, U16, U64, AtMost, Count, Exactly, decode, encode, message
 
 from libp2p.io.exceptions import IOException  # isort: skip
@@ -75,9 +76,17 @@ class DialBackServer:
         self._all_dials: TokenBucket | None = None
         self._slots = trio.CapacityLimiter(limits.dialbacks)
 
+    async def handle(self, connection: Connection, stream: MuxedStream) -> None:
+        """Serve a stream of `PROTOCOL`; raises what `serve` does, and TooSlowError."""
+        limits = self._network.limits
+        async with MeshStream(stream, connection.key, PROTOCOL, FRAME_BYTES) as frames:
+            with trio.fail_after(limits.negotiation_s + limits.dial_s):
+                await self.serve(connection, frames)
+
     async def serve(self, connection: Connection, stream: MeshStream) -> None:
         """Answer one question; RequestFailed when the peer asks too often, DecodeError for garbage."""
         if not self._questions.try_take(connection.key, trio.current_time()):
+            self._network.refused[PROTOCOL] += 1
             raise RequestFailed("the peer asks too often how it is seen")
         question = decode(Question, await stream.receive_frame())
         host, port = _seen_at(connection)

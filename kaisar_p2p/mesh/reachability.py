@@ -205,6 +205,11 @@ class Verdicts:
             self.confirmed = self._confirm(asked, set(trusted_hosts))
         return before != (self.status, self.confirmed)
 
+    @property
+    def is_contradicted(self) -> bool:
+        """The last round spoke against the verdict: look again soon."""
+        return bool(self._contradicted)
+
     def reset(self) -> None:
         """Our addresses have changed: nothing is known any more."""
         self.status, self.how, self.confirmed, self._contradicted = "unknown", Reachability.how, (), 0
