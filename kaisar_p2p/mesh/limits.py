@@ -48,10 +48,13 @@ class MeshLimits:
     ban_s: float = 60.0  # the first ban; each further one is five times as long
     ban_max_s: float = 86_400.0
     remembered_peers: int = 4096  # accounts of misbehaviour, as many again of addresses
-    known_peers: int = 1024  # address book
+    known_peers: int = 4096  # address book, with the signed record of each; one source may bring a quarter of them
     addresses_per_peer: int = 8
     target_peers: int = 8  # connections that the node looks for by itself
     exchange_s: float = 30.0  # interval of asking a random peer for more peers
+    record_s: float = 7200.0  # for how long our signed addresses are valid; they are renewed in a quarter of that
+    interfaces_s: float = 30.0  # interval of looking whether our own addresses have changed
+    lan_peers: int = 64  # that mDNS may have found at a time
     reach_check_s: float = 900.0  # interval of asking peers to dial us back
     reach_helpers: int = 5  # peers that are asked
     dialbacks: int = 8  # dials for peers that ask, at a time

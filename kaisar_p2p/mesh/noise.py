@@ -20,10 +20,14 @@ from libp2p.peer.id import ID  # isort: skip
 from libp2p.security.noise.transport import PROTOCOL_ID, Transport  # isort: skip
 from libp2p.security.secure_session import SecureSession  # isort: skip
 
-__all__ = ["PROTOCOL_ID", "NoiseSession", "NoiseTransport"]
+__all__ = ["PROTOCOL_ID", "NoiseSession", "NoiseTransport", "NotAuthentic"]
 
 _MAX_PLAINTEXT = 65535 - 16
 _READ_BYTES = 256 * 1024
+
+
+class NotAuthentic(ConnectionClosedError):
+    """A frame that was not encrypted by the peer: it broke Noise, or somebody on the way changed what it sent."""
 
 
 class NoiseSession(SecureSession):
@@ -75,7 +79,7 @@ class NoiseSession(SecureSession):
                 try:
                     self.plaintext += self._decryption.decrypt(nonce, view[start:end], None)
                 except InvalidTag:
-                    raise ConnectionClosedError("a Noise frame does not authenticate") from None
+                    raise NotAuthentic("a Noise frame does not authenticate") from None
                 self._received += 1
                 offset = end
         del buffer[:offset]

@@ -18,7 +18,7 @@ import trio
 
 from kaisar_p2p.mesh import compat as _compat  # noqa: F401  (before libp2p)
 from kaisar_p2p.mesh.limits import MeshLimits, TokenBucket
-from kaisar_p2p.mesh.noise import NoiseSession
+from kaisar_p2p.mesh.noise import NoiseSession, NotAuthentic
 from kaisar_p2p.mesh.yamux_stream import (
     ACK,
     DATA,
@@ -30,6 +30,7 @@ from kaisar_p2p.mesh.yamux_stream import (
     RST,
     SYN,
     WINDOW,
+    ConnectionOver,
     MuxedStream,
     ProtocolViolation,
     ReceivedBytes,
@@ -64,6 +65,7 @@ class Muxer(IMuxedConn):
         self.on_close = on_close  # part of the library's interface
         self.event_started, self.event_closed = trio.Event(), trio.Event()
         self.rtt_s: float | None = None
+        self.violation: ProtocolViolation | NotAuthentic | None = None  # that ended the connection
         self.received_bytes = self.sent_bytes = 0
         self.last_received = 0.0  # trio time
         self._limits = limits or MeshLimits()
@@ -140,6 +142,8 @@ class Muxer(IMuxedConn):
             await loop()
         except Exception as error:  # noqa: BLE001  (the edge: a peer's bytes end its connection, nothing else)
             log.debug("connection with %s ends: %r", self.peer_id, error)
+            if isinstance(error, ProtocolViolation | NotAuthentic):
+                self.violation = error
         assert self._scope is not None
         self._scope.cancel()
 
@@ -219,8 +223,9 @@ class Muxer(IMuxedConn):
             await trio.sleep_until(planned)
             now = trio.current_time()
             we_were_busy = now - planned > interval_s / 2  # then what the peer sent has not been read yet
-            if now - self.last_received > 3 * interval_s and not we_were_busy:
-                raise ProtocolViolation(f"silent for {3 * interval_s:.0f} s")
+            silent_s = now - self.last_received
+            if silent_s > 2.5 * interval_s and not we_were_busy:  # seen when the third ping is due
+                raise ConnectionOver(f"silent for {silent_s:.0f} s")
             for stream in [stream for stream in self._streams.values() if stream.expired(now)]:
                 stream.reset_nowait()
             self._ping_id = (self._ping_id + 1) & 0xFFFFFFFF
@@ -269,7 +274,7 @@ class Muxer(IMuxedConn):
         if kind == PING:
             self._on_ping(flags, length)
         elif kind == GO_AWAY:
-            raise ProtocolViolation("the peer said goodbye")
+            raise ConnectionOver("the peer said goodbye")
         else:
             stream = self._accept(stream_id) if flags & SYN else self._streams.get(stream_id)
             if kind == DATA:
@@ -347,6 +352,11 @@ class Muxer(IMuxedConn):
     def stream_count(self) -> int:
         """Streams that are not over."""
         return len(self._streams)
+
+    @property
+    def outbound_count(self) -> int:
+        """Streams that we opened and that are not over."""
+        return len(self._streams) - self._inbound
 
     async def open_stream(self) -> MuxedStream:
         """Open a stream to the peer."""

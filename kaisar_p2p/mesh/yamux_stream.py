@@ -31,7 +31,11 @@ _LINGER_S = 30.0  # a stream that we closed and the peer did not
 
 
 class ProtocolViolation(Exception):
-    """The peer broke yamux; its connection ends."""
+    """The peer broke yamux; its connection ends, and its account is charged."""
+
+
+class ConnectionOver(Exception):
+    """The connection ends, and nobody is to blame."""
 
 
 @dataclass
