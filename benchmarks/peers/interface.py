@@ -1,11 +1,11 @@
 """What every peer under control can do, and what its streams carry.
 
-Peers are named by the hex of their ed25519 public keys. Stream protocols (all of them end with the server's half-close):
+Peers are named by the hex of their ed25519 public keys. Stream protocols, which all end with the server's half-close:
 
 ======================  ==================================================================
-`/peers/echo/1`         everything comes back
-`/peers/sink/1`         answers the number of bytes (8 bytes, big-endian) after the half-close
-`/peers/digest/1`       answers the SHA-256 of all bytes after the half-close
+`/peers/echo/1`         is told a size (8 bytes, big-endian), sends so many bytes back
+`/peers/sink/1`         is told a size, answers the number of bytes that came (8 bytes)
+`/peers/digest/1`       is told a size, answers the SHA-256 of so many bytes
 `/peers/flood/1`        is told size (8 bytes) and chunk (4 bytes), sends `content(size)`
 `/peers/frame/1`        one frame (length of 4 bytes, big-endian) is answered by the same
 `/peers/reset/1`        resets when the first byte comes
@@ -86,11 +86,13 @@ class Peer(ABC):
     """A running peer.
 
     `call` asks for any operation by its name; the methods below are the operations that all implementations have.
-    They raise PeerFailed. Sizes are bytes.
+    They raise PeerFailed. Sizes are bytes. `half_close`: the opener finishes sending before the answer, for which both
+    sides must be fit (`half_closes`).
     """
 
     name: str
     key: str
+    half_closes = True  # it hears an answer after its half-close, and gives one after the other side's
     addrs: tuple[str, ...]
 
     def __init__(self) -> None:
@@ -117,7 +119,7 @@ class Peer(ABC):
         return list((await self.call("peers"))["keys"])
 
     async def identify(self, key: str) -> dict[str, Any]:
-        """What identify told about a connected peer: `agent`, `protocol_version`, `protocols`, `addresses`, `observed`."""
+        """What identify tells of a peer: `agent`, `protocol_version`, `protocols`, `addresses`, `observed`."""
         return await self.call("identify", key=key)
 
     async def ping(self, key: str) -> float:
@@ -146,28 +148,31 @@ class Peer(ABC):
         result = await self.call("received", topic=topic, clear=clear)
         return int(result["count"]), list(result["latencies_ms"])
 
-    async def send(self, key: str, size: int, chunk: int) -> float:
+    async def send(self, key: str, size: int, chunk: int, *, half_close: bool = True) -> float:
         """Write `size` bytes, `chunk` at a time, to the peer's sink; seconds until it has counted them."""
-        result = await self.call("send", key=key, size=size, chunk=chunk)
+        result = await self.call("send", key=key, size=size, chunk=chunk, half_close=half_close)
         if result["count"] != size:
             raise PeerFailed(f"{result['count']} of {size} bytes arrived")
         return float(result["seconds"])
 
-    async def digest(self, key: str, size: int, chunk: int) -> str:
+    async def digest(self, key: str, size: int, chunk: int, *, half_close: bool = True) -> str:
         """As `send`; SHA-256 of what the peer received."""
-        return str((await self.call("digest", key=key, size=size, chunk=chunk))["digest"])
+        return str((await self.call("digest", key=key, size=size, chunk=chunk, half_close=half_close))["digest"])
 
-    async def fetch(self, key: str, size: int, chunk: int, *, digest: bool = False) -> dict[str, Any]:
+    async def fetch(
+        self, key: str, size: int, chunk: int, *, digest: bool = False, half_close: bool = True
+    ) -> dict[str, Any]:
         """Have the peer send `size` bytes: `count`, `seconds` and, if asked for, the `digest` of what came."""
-        return await self.call("fetch", key=key, size=size, chunk=chunk, digest=digest)
+        return await self.call("fetch", key=key, size=size, chunk=chunk, digest=digest, half_close=half_close)
 
-    async def echo(self, key: str, size: int, chunk: int) -> str:
+    async def echo(self, key: str, size: int, chunk: int, *, half_close: bool = True) -> str:
         """Send and receive at once; SHA-256 of what came back."""
-        return str((await self.call("echo", key=key, size=size, chunk=chunk))["digest"])
+        return str((await self.call("echo", key=key, size=size, chunk=chunk, half_close=half_close))["digest"])
 
-    async def request(self, key: str, *, count: int, size: int) -> list[float]:
+    async def request(self, key: str, *, count: int, size: int, half_close: bool = True) -> list[float]:
         """Frames of `size` bytes, one after the other, each on a stream of its own; milliseconds of each."""
-        return list((await self.call("request", key=key, count=count, size=size))["ms"])
+        result = await self.call("request", key=key, count=count, size=size, half_close=half_close)
+        return list(result["ms"])
 
     async def provoke_reset(self, key: str) -> None:
         """Open a stream that the peer resets; PeerFailed when that is not noticed."""

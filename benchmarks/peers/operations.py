@@ -62,6 +62,16 @@ async def receive_exactly(stream: ByteStream, size: int) -> bytes:
     return data
 
 
+async def _receive_sized(stream: ByteStream, each: Callable[[bytes], Awaitable[object]]) -> None:
+    left = int.from_bytes(await receive_exactly(stream, 8), "big")
+    while left:
+        data = await stream.receive_some(min(left, _READ_BYTES))
+        if not data:
+            raise PeerFailed("the stream ended early")
+        left -= len(data)
+        await each(data)
+
+
 async def _receive_all(stream: ByteStream, consume: Callable[[bytes], object]) -> None:
     while data := await stream.receive_some(_READ_BYTES):
         consume(data)
@@ -76,20 +86,23 @@ async def _send_content(stream: ByteStream, size: int, chunk: int) -> None:
 
 
 async def _echo(stream: ByteStream) -> None:
-    while data := await stream.receive_some(_READ_BYTES):
-        await stream.send_some(data)
+    await _receive_sized(stream, stream.send_some)
 
 
 async def _sink(stream: ByteStream) -> None:
-    size = 0
-    while data := await stream.receive_some(_READ_BYTES):
-        size += len(data)
-    await stream.send_some(size.to_bytes(8, "big"))
+    left = size = int.from_bytes(await receive_exactly(stream, 8), "big")
+    while left and (data := await stream.receive_some(_READ_BYTES)):
+        left -= len(data)
+    await stream.send_some((size - left).to_bytes(8, "big"))
 
 
 async def _digest(stream: ByteStream) -> None:
     digest = hashlib.sha256()
-    await _receive_all(stream, digest.update)
+
+    async def update(data: bytes) -> None:
+        digest.update(data)
+
+    await _receive_sized(stream, update)
     await stream.send_some(digest.digest())
 
 
@@ -264,32 +277,45 @@ class Operations(ABC):
         told = protobuf.decode(protobuf.undelimited(b"".join(parts)))
         return {"key": told[1][0][4:].hex(), **protobuf.identified(told)}
 
-    async def do_send(self, key: str, size: int, chunk: int) -> dict[str, Any]:
+    async def do_send(self, key: str, size: int, chunk: int, half_close: bool = True) -> dict[str, Any]:
         """To the sink."""
-        start = time.perf_counter()
-        count = int.from_bytes(await self._converse(key, SINK, size, chunk), "big")
-        return {"seconds": time.perf_counter() - start, "count": count}
+        start, answer = time.perf_counter(), bytearray()
+        await self._converse(key, SINK, size, chunk, half_close, answer.extend)
+        return {"seconds": time.perf_counter() - start, "count": int.from_bytes(answer, "big")}
 
-    async def do_digest(self, key: str, size: int, chunk: int) -> dict[str, Any]:
+    async def do_digest(self, key: str, size: int, chunk: int, half_close: bool = True) -> dict[str, Any]:
         """To the digest."""
-        return {"digest": (await self._converse(key, DIGEST, size, chunk)).hex()}
+        answer = bytearray()
+        await self._converse(key, DIGEST, size, chunk, half_close, answer.extend)
+        return {"digest": answer.hex()}
 
-    async def do_echo(self, key: str, size: int, chunk: int) -> dict[str, Any]:
+    async def do_echo(self, key: str, size: int, chunk: int, half_close: bool = True) -> dict[str, Any]:
         """There and back."""
-        stream, digest = await self._open(key, ECHO), hashlib.sha256()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_receive_all, stream, digest.update)
-            await _send_content(stream, size, chunk)
-            await stream.send_eof()
-        await stream.aclose()
+        digest = hashlib.sha256()
+        await self._converse(key, ECHO, size, chunk, half_close, digest.update)
         return {"digest": digest.hexdigest()}
 
-    async def do_fetch(self, key: str, size: int, chunk: int, digest: bool = False) -> dict[str, Any]:
+    async def _converse(
+        self, key: str, protocol: str, size: int, chunk: int, half_close: bool, consume: Callable[[bytes], object]
+    ) -> None:
+        stream = await self._open(key, protocol)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_receive_all, stream, consume)
+            await stream.send_some(size.to_bytes(8, "big"))
+            await _send_content(stream, size, chunk)
+            if half_close:
+                await stream.send_eof()
+        await stream.aclose()
+
+    async def do_fetch(
+        self, key: str, size: int, chunk: int, digest: bool = False, half_close: bool = True
+    ) -> dict[str, Any]:
         """From the flood."""
         start, received, hashed = time.perf_counter(), 0, hashlib.sha256()
         stream = await self._open(key, FLOOD)
         await stream.send_some(size.to_bytes(8, "big") + chunk.to_bytes(4, "big"))
-        await stream.send_eof()
+        if half_close:
+            await stream.send_eof()
         while data := await stream.receive_some(_READ_BYTES):
             received += len(data)
             if digest:
@@ -298,51 +324,46 @@ class Operations(ABC):
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "count": received, "digest": hashed.hexdigest() if digest else ""}
 
-    async def do_request(self, key: str, count: int, size: int) -> dict[str, Any]:
+    async def do_request(self, key: str, count: int, size: int, half_close: bool = True) -> dict[str, Any]:
         """Frames, each on a stream of its own."""
         times, frame = [], size.to_bytes(4, "big") + b"".join(content(size, max(size, 1)))
         for _ in range(count):
             start = time.perf_counter()
-            await self.exchange(key, frame)
+            await self.exchange(key, frame, half_close)
             times.append((time.perf_counter() - start) * 1000)
         return {"ms": times}
 
-    async def exchange(self, key: str, frame: bytes) -> None:
+    async def exchange(self, key: str, frame: bytes, half_close: bool) -> None:
         """One frame there and back on a new stream."""
         stream = await self._open(key, FRAME)
         await stream.send_some(frame)
-        await stream.send_eof()
+        if half_close:
+            await stream.send_eof()
         if await receive_exactly(stream, len(frame)) != frame:
             raise PeerFailed("another frame came back")
         await stream.aclose()
 
-    async def do_provoke_reset(self, key: str) -> dict[str, Any]:
+    async def do_provoke_reset(self, key: str) -> None:
         """A stream that the peer resets."""
         stream = await self._open(key, RESET)
         try:
-            await stream.send_some(b"\x01")
+            await stream.send_some(bytes(1000))
             data = await stream.receive_some(1)
         except StreamWasReset:
-            return {"reset": True}
+            return
         raise PeerFailed(f"the stream went on with {data!r} instead of a reset")
 
     async def do_send_and_reset(self, key: str, size: int) -> None:
-        """A stream that we reset."""
-        stream = await self._open(key, DIGEST)
+        """A stream that we reset after `size` of the bytes that we announced."""
+        stream = await self._open(key, ECHO)
+        await stream.send_some((2 * size).to_bytes(8, "big"))
         await _send_content(stream, size, 65536)
+        await receive_exactly(stream, 1)
         await stream.reset()
 
     async def _open(self, key: str, protocol: str) -> ByteStream:
         with trio.fail_after(_OPEN_S):
             return await self.open(key, protocol)
-
-    async def _converse(self, key: str, protocol: str, size: int, chunk: int) -> bytes:
-        stream, parts = await self._open(key, protocol), list[bytes]()
-        await _send_content(stream, size, chunk)
-        await stream.send_eof()
-        await _receive_all(stream, parts.append)
-        await stream.aclose()
-        return b"".join(parts)
 
 
 def key_of_peer_id(peer_id: str) -> str:

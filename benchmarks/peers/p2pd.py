@@ -2,7 +2,7 @@
 (https://github.com/libp2p/go-libp2p-daemon/blob/master/specs/CONTROL.md).
 
 Every request is a connection of its own, a length-delimited protobuf message there and one back; a stream is such a
-connection that goes on as the stream's bytes. The daemon's streams have no half-close of their own: see `_GoStream`.
+connection that goes on as the stream's bytes.
 """
 
 from __future__ import annotations
@@ -21,8 +21,15 @@ from multiaddr import Multiaddr
 from nacl.signing import SigningKey
 
 from benchmarks.peers import install
-from benchmarks.peers.interface import Message, Peer, PeerConfig, PeerFailed
-from benchmarks.peers.operations import HANDLERS, ByteStream, Operations, StreamWasReset, peer_id_of_key
+from benchmarks.peers.interface import RESET, Message, Peer, PeerConfig, PeerFailed
+from benchmarks.peers.operations import (
+    HANDLERS,
+    ByteStream,
+    Operations,
+    StreamWasReset,
+    peer_id_of_key,
+    receive_exactly,
+)
 from benchmarks.peers.protobuf import decode, encode, varint
 
 log = logging.getLogger(__name__)
@@ -32,22 +39,23 @@ _READ_BYTES = 256 * 1024
 
 # Request.Type and the number of the request's own message in Request
 _IDENTIFY, _CONNECT, _STREAM_OPEN, _STREAM_HANDLER, _LIST_PEERS, _DISCONNECT, _PUBSUB = 0, 1, 2, 3, 5, 7, 8
+_UNIX = bytes.fromhex("9003")  # the code of /unix in a multiaddr
 _BODY = {_CONNECT: 2, _STREAM_OPEN: 3, _STREAM_HANDLER: 4, _DISCONNECT: 7, _PUBSUB: 8}
 _PS_LIST_PEERS, _PS_PUBLISH, _PS_SUBSCRIBE = 1, 2, 3
 
 
 class _GoStream:
-    """A stream of the daemon, as its Unix socket."""
+    """A stream of the daemon, as its Unix socket.
 
-    def __init__(self, stream: trio.SocketStream, rest: bytes = b"") -> None:
-        self._stream, self._rest = stream, rest
+    The daemon closes all of the socket when the other side finishes sending, and all of the stream when the socket's
+    client does: no half-close. A reset by the other side looks like the end.
+    """
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._stream = stream
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Some bytes, b"" at the end."""
-        if self._rest:
-            data = self._rest[: max_bytes or None]
-            self._rest = self._rest[len(data) :]
-            return data
         try:
             return bytes(await self._stream.receive_some(max_bytes or _READ_BYTES))
         except (trio.BrokenResourceError, trio.ClosedResourceError):
@@ -72,33 +80,25 @@ class _GoStream:
         await self._stream.aclose()
 
     async def reset(self) -> None:
-        """The daemon has no request for it: what ends is the socket."""
+        """The daemon has no request for it; it resets when the socket ends with bytes that nobody has read."""
         await trio.aclose_forcefully(self._stream)
 
     async def read_message(self) -> bytes:
-        """A length-delimited message; raises PeerFailed at the end."""
+        """A length-delimited message, and not a byte of what follows; raises PeerFailed at the end."""
         size = shift = 0
         while True:
-            byte = (await self._exactly(1))[0]
+            byte = (await receive_exactly(self, 1))[0]
             size |= (byte & 127) << shift
             shift += 7
             if byte < 128:
-                return await self._exactly(size)
-
-    async def _exactly(self, size: int) -> bytes:
-        while len(self._rest) < size:
-            data = bytes(await self._stream.receive_some(_READ_BYTES))
-            if not data:
-                raise PeerFailed("the daemon ended the connection")
-            self._rest += data
-        data, self._rest = self._rest[:size], self._rest[size:]
-        return data
+                return await receive_exactly(self, size)
 
 
 class P2pd(Peer, Operations):
     """A running daemon; made by `go_peer`."""
 
     name = "go-libp2p"
+    half_closes = False
 
     def __init__(self, process: trio.Process, place: Path, nursery: trio.Nursery) -> None:
         Peer.__init__(self)
@@ -142,7 +142,7 @@ class P2pd(Peer, Operations):
         """Wait for the daemon, learn who it is, and serve the stream protocols."""
         control = trio.Path(self._place / "control")
         with trio.move_on_after(_START_S):
-            while not await control.exists():  # noqa: ASYNC110  (the daemon tells nobody)
+            while not await control.exists():  # it tells nobody
                 if self.process.poll() is not None:
                     break
                 await trio.sleep(0.02)
@@ -161,7 +161,7 @@ class P2pd(Peer, Operations):
         listener.listen(1024)
         accept = partial(trio.serve_listeners, self._serve, [trio.SocketListener(listener)])
         self._nursery.start_soon(accept)
-        address = Multiaddr(f"/unix{path}").to_bytes()
+        address = _UNIX + varint(len(path)) + path.encode()  # multiaddr of Python loses the leading slash
         await self._request(_STREAM_HANDLER, (1, address), *((2, name) for name in HANDLERS), (3, 0))
 
     async def _serve(self, socket: trio.SocketStream) -> None:
@@ -199,6 +199,16 @@ class P2pd(Peer, Operations):
         _response, stream = await self._ask(_STREAM_OPEN, (1, peer_id_of_key(key)), (2, protocol), (3, 10))
         return stream
 
+    async def do_provoke_reset(self, key: str) -> None:
+        """A stream that the peer resets; the daemon does not tell a reset from an end."""
+        stream = await self.open(key, RESET)
+        try:
+            await stream.send_some(bytes(1000))
+            if data := await stream.receive_some(1):
+                raise PeerFailed(f"the stream went on with {data!r}")
+        except StreamWasReset:
+            pass
+
     async def join(self, topic: str) -> None:
         """Subscribe."""
         _response, stream = await self._ask(_PUBSUB, (1, _PS_SUBSCRIBE), (2, topic))
@@ -211,7 +221,7 @@ class P2pd(Peer, Operations):
                 author = message[1][0][6:].hex()
                 if author != self.key:  # it hears itself
                     self.arrived(topic, author, (message[2] or [b""])[0])
-        except (PeerFailed, OSError, trio.BrokenResourceError):
+        except (PeerFailed, StreamWasReset):
             log.debug("the subscription of %s ended", topic)
 
     async def do_subscribers(self, topic: str) -> dict[str, Any]:
