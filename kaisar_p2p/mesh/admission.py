@@ -84,6 +84,10 @@ class Door:
         """Connections in all, half-open ones included."""
         return self._of_account.total()
 
+    def crowd(self, origin: Origin) -> int:
+        """Connections from the same subnet; 0 for private ones, where many are no sign of anything."""
+        return 0 if origin.private and self._limits.private_factor > 1 else self._of_subnet[origin.subnet]
+
     def refusal(self, origin: Origin, now: float) -> str | None:
         """Why one more connection from there is refused: rate, handshakes, address or subnet; None when it is not."""
         limits, factor = self._limits, self._limits.private_factor if origin.private else 1

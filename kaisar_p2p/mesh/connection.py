@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from kaisar_p2p.mesh.addresses import AnyAddress
-from kaisar_p2p.mesh.negotiation import respond
+from kaisar_p2p.mesh.negotiation import BrokenNegotiation, respond
 from kaisar_p2p.mesh.noise import PROTOCOL_ID as NOISE_ID
 from kaisar_p2p.mesh.yamux import Muxer
 from kaisar_p2p.mesh.yamux_stream import MuxedStream
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 YAMUX_ID = TProtocol("/yamux/1.0.0")
+
+_STREAMS_FOR_EACH = 8  # that a peer may have also when all together have too many
 
 StreamHandler = Callable[["Connection", MuxedStream], Awaitable[None]]
 
@@ -91,7 +93,9 @@ class Connection(SwarmConn):
         self.inbound = inbound
         self.retired = False  # another connection with the same peer takes over
         self.instance: bytes | None = None  # of the peer's process, told in the peer exchange
-        self.since = self._created_at
+        self.since = self.useful_at = self._created_at
+        self._handling = 0
+        self.serving = 0  # inbound streams that are a request or a tunnel
         self.address: AnyAddress | None = None  # that we dialed
         self.local_port: int | None = None  # that we dialed from
 
@@ -105,6 +109,11 @@ class Connection(SwarmConn):
         """IP address of the other end, "" when it is gone or behind a relay."""
         address = self.muxer.get_remote_address()
         return address[0] if address else ""
+
+    @property
+    def busy(self) -> bool:
+        """A request or tunnel is open, in either direction; our gossip takes one stream."""
+        return self.serving > 0 or self.muxer.outbound_count > 1
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Live until either side closes; never raises but for cancellation."""
@@ -121,16 +130,25 @@ class Connection(SwarmConn):
         finally:
             self.event_closed.set()
             self.swarm.remove_conn(self)
+            if self.muxer.violation is not None:
+                self.swarm.on_offence(self, self.muxer.violation)
 
     async def _accept_streams(self, nursery: trio.Nursery) -> None:
         while True:
             try:
-                nursery.start_soon(self._handle, await self.muxer.accept_stream())
+                stream = await self.muxer.accept_stream()
             except MuxedConnUnavailable:
                 return
+            if self.swarm.open_streams >= self.swarm.limits.streams and self._handling >= _STREAMS_FOR_EACH:
+                self.swarm.refused["streams"] += 1
+                stream.reset_nowait()
+            else:
+                nursery.start_soon(self._handle, stream)
 
     async def _handle(self, stream: MuxedStream) -> None:
         """One inbound stream. Nothing that it does, and no bug of its handler, leaves this task."""
+        self._handling += 1
+        self.swarm.open_streams += 1
         try:
             with trio.fail_after(self.swarm.limits.negotiation_s):
                 protocol = await respond(stream, self.swarm.handlers.__contains__)
@@ -138,6 +156,11 @@ class Connection(SwarmConn):
         except Exception as error:  # noqa: BLE001  (the edge of the stream's task)
             log.debug("stream from %s ends: %r", self.muxer.peer_id, error)
             stream.reset_nowait()
+            if isinstance(error, BrokenNegotiation):
+                self.swarm.on_offence(self, error)
+        finally:
+            self._handling -= 1
+            self.swarm.open_streams -= 1
 
     async def close(self) -> None:
         """Close politely; `run` does the rest."""

@@ -26,7 +26,7 @@ from kaisar_p2p.mesh.gossip_router import MAX_OFFERED_IDS, MAX_TOPICS_PER_PEER, 
 from kaisar_p2p.mesh.gossip_wire import MalformedGossip, Published
 from kaisar_p2p.mesh.negotiation import confirm, proposal
 from kaisar_p2p.mesh.network import Network
-from kaisar_p2p.mesh.reputation import IMPATIENT_POINTS, REJECTED_POINTS, Reputation
+from kaisar_p2p.mesh.reputation import FORWARDED_POINTS, IMPATIENT_POINTS, REJECTED_POINTS, Reputation
 from kaisar_p2p.mesh.yamux_stream import MuxedStream
 from kaisar_p2p.wire.verdict import Verdict
 
@@ -277,12 +277,13 @@ class Gossip:
         verdict, reason = await self._judge(subscription, published, sender, received_at)
         self.verdicts[subscription.name, verdict.value] += 1
         if verdict is Verdict.ACCEPT:
+            self._network.credit(sender)
             self._forward(published, own=False, exclude=(sender, published.author))
             self._deliver(
                 subscription, GossipMessage(subscription.name, published.data, sender, published.author, received_at)
             )
         elif verdict is Verdict.REJECT:
-            self._on_reject(subscription.name, sender, reason)
+            self._on_reject(subscription.name, sender, published.author, reason)
 
     async def _judge(
         self, subscription: _Subscription, published: Published, sender: bytes, received_at: float
@@ -312,9 +313,10 @@ class Gossip:
             except trio.WouldBlock:  # a queue of length 0 without a reader
                 return
 
-    def _on_reject(self, name: str, sender: bytes, reason: str) -> None:
+    def _on_reject(self, name: str, sender: bytes, author: bytes, reason: str) -> None:
         log.info("rejected on %s from %s: %s", name, sender.hex()[:12], reason)
-        if self._reputation.penalise(sender, REJECTED_POINTS, trio.current_time()):
+        points = REJECTED_POINTS if sender == author else FORWARDED_POINTS
+        if self._reputation.penalise(sender, points, trio.current_time()):
             self._disconnect(sender, f"too many rejected messages, last on {name}: {reason}")
 
     def _punish(self, key: bytes, reason: str) -> None:
@@ -322,7 +324,8 @@ class Gossip:
         self._disconnect(key, reason)
 
     def _disconnect(self, key: bytes, reason: str) -> None:
-        log.warning("disconnecting and refusing peer %s for %.0f s: %s", key.hex()[:12], self._limits.ban_s, reason)
+        left_s = self._reputation.ban_left_s(key, trio.current_time())
+        log.warning("disconnecting and refusing peer %s for %.0f s: %s", key.hex()[:12], left_s, reason)
         for connection in self._network.connections_with(key):
             connection.muxer.abort()
 

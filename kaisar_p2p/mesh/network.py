@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
@@ -25,12 +26,14 @@ import trio
 from kaisar_p2p.errors import ConfigError, PeerUnreachable, PortUnavailable
 from kaisar_p2p.mesh import tcp as sockets
 from kaisar_p2p.mesh.addresses import Address, AnyAddress, CircuitAddress, parse
+from kaisar_p2p.mesh.admission import Door, Origin, Visitor, origin_of
 from kaisar_p2p.mesh.connection import YAMUX_ID, Connection, StreamHandler, TcpStream
 from kaisar_p2p.mesh.dialed_back import BACK_PROTOCOL, DialBackTransport, DialedBack
 from kaisar_p2p.mesh.ids import id_of, key_of
 from kaisar_p2p.mesh.limits import MeshLimits
 from kaisar_p2p.mesh.noise import PROTOCOL_ID as NOISE_ID
 from kaisar_p2p.mesh.noise import NoiseSession, NoiseTransport
+from kaisar_p2p.mesh.pruning import Pruner
 from kaisar_p2p.mesh.yamux import Muxer
 from kaisar_p2p.mesh.yamux_stream import ReceivedBytes
 
@@ -75,11 +78,9 @@ class _Upgrader(TransportUpgrader):
     """Noise and our yamux, nothing else: the library offers plaintext by default. And peers may dial us back."""
 
     def __init__(self, key_pair: KeyPair, limits: MeshLimits) -> None:
-        super().__init__({NOISE_ID: NoiseTransport(key_pair)}, {})
         self.take_secret: Callable[[bytes, str], bool] = lambda _secret, _host: False
-        take = DialBackTransport(lambda secret, host: self.take_secret(secret, host))
-        # Accepted, not offered: the library keeps two tables, one for each side.
-        self.security_multistream.multiselect.add_handler(BACK_PROTOCOL, take)
+        back = DialBackTransport(lambda secret, host: self.take_secret(secret, host))
+        super().__init__({NOISE_ID: NoiseTransport(key_pair), BACK_PROTOCOL: back}, {})
         self.muxer_multistream = _MuxerSelection(limits)
 
 
@@ -98,6 +99,7 @@ class Network(Swarm):
             connection_config=ConnectionConfig(
                 inbound_upgrade_timeout=limits.handshake_s,
                 outbound_upgrade_timeout=limits.handshake_s,
+                max_connections=sys.maxsize,  # `Pruner` decides, also when we are configured for more than 300
             ),
         )
         self.limits = limits
@@ -107,11 +109,18 @@ class Network(Swarm):
         self.on_retired: Callable[[Connection], None] = lambda _connection: None
         self.on_disconnected: Callable[[Connection], None] = lambda _connection: None
         self.is_banned: Callable[[bytes], bool] = lambda _key: False
+        self.is_origin_banned: Callable[[Origin], bool] = lambda _origin: False
+        self.on_failed_handshake: Callable[[Origin], None] = lambda _origin: None
+        self.on_offence: Callable[[Connection, Exception], None] = lambda _connection, _error: None
+        self.on_own_key: Callable[[str], None] = lambda _host: None
+        self.is_foreign: Callable[[bytes], bool] = lambda _key: False  # of another network, as it has said itself
         self.dial_circuit: Callable[[bytes, CircuitAddress], Awaitable[Connection]] = _no_relays
         self.refused: Counter[str] = Counter()
         self._open: dict[bytes, list[Connection]] = {}
-        self._per_host: Counter[str] = Counter()
-        self._handshaking: Counter[str] = Counter()  # by IP address
+        self._joining: set[Connection] = set()
+        self.open_streams = 0  # inbound ones, of all connections
+        self.door = Door(limits)
+        self.pruner = Pruner(self, limits, self.door)
         self._dialing: dict[bytes, trio.Event] = {}
         self._nursery: trio.Nursery | None = None
 
@@ -167,6 +176,17 @@ class Network(Swarm):
                 for connection in entries:
                     nursery.start_soon(connection.muxer.close)
 
+    def credit(self, key: bytes) -> None:
+        """This peer has just been of use: a new valid message, an answer."""
+        now = trio.current_time()
+        for connection in self._open.get(key, ()):
+            connection.useful_at = now
+
+    def open_connections(self, *, joining: bool = False) -> list[Connection]:
+        """All of them; with `joining` also those that are about to be."""
+        found = [connection for entries in self._open.values() for connection in entries]
+        return [*found, *(self._joining.difference(found))] if joining and self._joining else found
+
     def connections_with(self, key: bytes) -> list[Connection]:
         """All open connections with a peer, oldest first."""
         return list(self._open.get(key, ()))
@@ -187,16 +207,25 @@ class Network(Swarm):
     async def add_conn(self, muxed_conn: IMuxedConn, direction: str = "unknown") -> Connection:
         """Start a connection that has been upgraded; called by the library's upgrade."""
         assert isinstance(muxed_conn, Muxer)
-        key = key_of(muxed_conn.peer_id.to_bytes())
-        if key is None or muxed_conn.peer_id == self.self_id or self.is_banned(key):
+        key, now = key_of(muxed_conn.peer_id.to_bytes()), trio.current_time()
+        if muxed_conn.peer_id == self.self_id:
+            self.on_own_key((muxed_conn.get_remote_address() or ("", 0))[0])
+        if key is None or muxed_conn.peer_id == self.self_id or self.is_banned(key) or self.is_foreign(key):
             self.refused["peer"] += 1
-            raise SwarmException(f"not connecting with {muxed_conn.peer_id}: ourselves, banned or not an ed25519 key")
-        if self.connection_count >= self.limits.connections:
+            raise SwarmException(f"not connecting with {muxed_conn.peer_id}: ourselves, unwanted or no ed25519 key")
+        connection = Connection(muxed_conn, self, inbound=direction == "inbound", key=key)
+        if not self.pruner.room_for_key(key, now):
+            self.refused["key"] += 1
+            raise SwarmException("enough connections with this key")
+        if not self.pruner.make_room(connection, now):
             self.refused["connections"] += 1
             raise SwarmException("no connection left")
         assert self._nursery is not None
-        connection = Connection(muxed_conn, self, inbound=direction == "inbound", key=key)
-        await self._nursery.start(connection.run)
+        self._joining.add(connection)
+        try:
+            await self._nursery.start(connection.run)
+        finally:
+            self._joining.discard(connection)
         return connection
 
     # -- listening ----------------------------------------------------------------------------------------------------
@@ -218,35 +247,32 @@ class Network(Swarm):
     async def _serve_inbound(self, stream: trio.SocketStream) -> None:
         """One accepted connection, from its first byte to its end."""
         tcp = TcpStream(stream)
-        host = (tcp.get_remote_address() or ("", 0))[0]
-        reason = self._refusal(host)
+        origin, now = origin_of((tcp.get_remote_address() or ("", 0))[0]), trio.current_time()
+        reason = self._refusal(origin, now)
         if reason is not None:
             self.refused[reason] += 1
             await stream.aclose()
             return
-        self._per_host[host] += 1
-        try:
-            muxer = await self._upgrade_inbound(RawConnection(tcp, False), host)
-            if muxer is not None:
-                await muxer.event_closed.wait()
-        finally:
-            self._per_host[host] -= 1
-            if not self._per_host[host]:
-                del self._per_host[host]
-            await trio.aclose_forcefully(stream)
+        sockets.notice_loss(stream.socket, 3 * self.limits.keepalive_s)
+        with trio.CancelScope() as scope:
+            visitor = self.door.enter(origin, now, scope.cancel)
+            try:
+                muxer = await self._upgrade_inbound(RawConnection(tcp, False), visitor)
+                if muxer is not None:
+                    await muxer.event_closed.wait()
+            finally:
+                self.door.leave(visitor)
+                await trio.aclose_forcefully(stream)
 
-    def _refusal(self, host: str) -> str | None:
-        most = self.limits.handshakes
-        if self._handshaking.total() >= most or self._handshaking[host] >= max(1, most // 2):
-            return "handshakes"  # one address cannot keep the others out
-        if self.connection_count >= self.limits.connections:
-            return "connections"
-        if self._per_host[host] >= self.limits.connections_per_address:
-            return "address"
-        return None
+    def _refusal(self, origin: Origin, now: float) -> str | None:
+        if self.is_origin_banned(origin):
+            return "banned address"
+        reason = self.door.refusal(origin, now)
+        if reason is None and not self.pruner.has_room_for_inbound(origin, now):
+            reason = "connections"
+        return reason
 
-    async def _upgrade_inbound(self, raw: RawConnection, host: str) -> Muxer | None:
-        self._handshaking[host] += 1
+    async def _upgrade_inbound(self, raw: RawConnection, visitor: Visitor) -> Muxer | None:
         try:
             with trio.fail_after(self.limits.handshake_s):
                 muxer = await self.upgrade_inbound_raw_conn(raw, _ANY_ADDRESS)
@@ -256,12 +282,11 @@ class Network(Swarm):
             return None
         except Exception as error:  # noqa: BLE001  (the edge: a handshake made of garbage can raise anything)
             self.refused["handshake"] += 1
-            log.debug("inbound handshake with %s failed: %r", host, error)
+            self.on_failed_handshake(visitor.origin)
+            log.debug("inbound handshake with %s failed: %r", visitor.origin.account, error)
             return None
         finally:
-            self._handshaking[host] -= 1
-            if not self._handshaking[host]:
-                del self._handshaking[host]
+            self.door.authenticated(visitor)
 
     # -- dialing ------------------------------------------------------------------------------------------------------
 
@@ -292,7 +317,7 @@ class Network(Swarm):
     async def _dial_each(self, key: bytes, addresses: tuple[AnyAddress, ...]) -> Connection:
         if self.is_banned(key):
             raise PeerUnreachable(
-                f"peer {key.hex()[:12]} is banned for misbehaviour", hint="it is forgotten after a few minutes"
+                f"peer {key.hex()[:12]} is banned for misbehaviour", hint="a ban ends by itself, the longer the later"
             )
         causes: list[str] = []
         for address in addresses:
@@ -320,7 +345,9 @@ class Network(Swarm):
         Towards public addresses it leaves from a port that we listen on, unless it is to be a fresh one.
         """
         source = None if fresh_port else sockets.dialing_source(address, self.bound)
-        return TcpStream(await sockets.connect(address, source))
+        stream = await sockets.connect(address, source)
+        sockets.notice_loss(stream.socket, 3 * self.limits.keepalive_s)
+        return TcpStream(stream)
 
     async def upgrade_dialed(self, tcp: TcpStream, key: bytes, *, initiator: bool = True) -> Connection:
         """Authenticate a TCP connection that we dialed; with `initiator` False the peer starts the handshakes.
@@ -360,11 +387,18 @@ class Network(Swarm):
 
     async def upgrade_inbound_stream(self, raw: ReadWriteCloser, relay: bytes) -> Muxer | None:
         """As `upgrade_outbound_stream`, for a stream that a relay brought us; None when the handshake fails."""
-        reason = self._refusal(relay.hex())
+        origin, now = origin_of(relay.hex()), trio.current_time()
+        reason = self._refusal(origin, now)
         if reason is not None:
             self.refused[reason] += 1
             return None
-        return await self._upgrade_inbound(RawConnection(raw, False, ConnectionType.RELAYED, []), relay.hex())
+        with trio.CancelScope() as scope:
+            visitor = self.door.enter(origin, now, scope.cancel)
+            try:
+                return await self._upgrade_inbound(RawConnection(raw, False, ConnectionType.RELAYED, []), visitor)
+            finally:
+                self.door.leave(visitor)
+        return None
 
 
 async def _no_relays(_key: bytes, address: CircuitAddress) -> Connection:
