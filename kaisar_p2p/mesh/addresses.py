@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -147,6 +146,12 @@ def with_peer(address: AnyAddress, key: bytes) -> str:
     return f"{address}/p2p/{id_of(key)}"
 
 
+def is_loopback(address: AnyAddress) -> bool:
+    """Only this machine itself is behind it."""
+    direct = address.through if isinstance(address, CircuitAddress) else address
+    return direct.kind.startswith("ip") and ipaddress.ip_address(direct.host).is_loopback
+
+
 def local_addresses(bound: Iterable[Address]) -> tuple[Address, ...]:
     """What others can dial when these are bound: a wildcard becomes the addresses of the interfaces."""
     found: list[Address] = []
@@ -166,62 +171,3 @@ def _of_interfaces(wildcard: Address) -> list[Address]:
     usable = [h for h in hosts if not ipaddress.ip_address(h).is_link_local]
     outward = [h for h in usable if not ipaddress.ip_address(h).is_loopback]
     return [Address(wildcard.kind, host, wildcard.port) for host in outward or usable]
-
-
-class AddressBook:
-    """Known addresses of peers; bounded, the peers used least recently are forgotten first."""
-
-    def __init__(self, *, allow_private: bool, peers: int, addresses_per_peer: int) -> None:
-        self._allow_private = allow_private
-        self._peers = peers
-        self._per_peer = addresses_per_peer
-        self._known: OrderedDict[bytes, dict[AnyAddress, None]] = OrderedDict()
-        self._pinned: set[bytes] = set()
-
-    def pin(self, key: bytes) -> None:
-        """Never forget this peer."""
-        self._pinned.add(key)
-
-    def add(self, key: bytes, multiaddrs: Iterable[str], *, trusted: bool = False) -> int:
-        """Note addresses of a peer, newest last; what cannot be dialed is left out. Returns how many were taken."""
-        taken = 0
-        for text in multiaddrs:
-            try:
-                address, named = parse_any(text)
-            except ValueError:
-                continue
-            if named not in (None, key) or not address.is_dialable:
-                continue
-            if address.is_private and not (self._allow_private or trusted):
-                continue
-            taken += self._note(key, address)
-        return taken
-
-    def _note(self, key: bytes, address: AnyAddress) -> int:
-        addresses = self._known.setdefault(key, {})
-        self._known.move_to_end(key)
-        is_new = address not in addresses
-        addresses.pop(address, None)
-        addresses[address] = None
-        while len(addresses) > self._per_peer:
-            addresses.pop(next(iter(addresses)))
-        if len(self._known) > self._peers:
-            self._forget_oldest()
-        return int(is_new)
-
-    def _forget_oldest(self) -> None:
-        oldest = next((key for key in self._known if key not in self._pinned), None)
-        if oldest is not None:
-            del self._known[oldest]
-
-    def confirm(self, key: bytes, address: AnyAddress) -> None:
-        """The peer answered there: dial it first next time."""
-        self._note(key, address)
-
-    def of(self, key: bytes) -> tuple[AnyAddress, ...]:
-        """Addresses to dial, the most promising first."""
-        return tuple(reversed(self._known.get(key, {})))
-
-    def peers(self) -> list[bytes]:
-        """All known peers."""
-        return list(self._known)

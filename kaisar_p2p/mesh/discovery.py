@@ -1,67 +1,55 @@
-"""Finding peers and staying connected: redial, peer exchange, looking for a peer by its key.
+"""Finding peers and staying connected: redial, the search for more peers, looking for a peer by its key.
 
-``/kaisar/peers/1`` is one frame each way, on every new connection and now and then on a random one: who I am in
-this process, where I listen, whom I look for; and back the same with up to 32 connected peers. Addresses are hints:
-whoever answers there has to prove the key.
+Why no distributed hash table. The ledger lists the bootstrap nodes and every worker advertises itself, so that the
+only questions left are "who else is there" and "where is this key now". Swarms have tens to some thousands of nodes:
+4,096 signed records, of which each node keeps as many as it hears of, are two megabytes, where a table of buckets
+would need as many look-ups, keep-alives and republications to hold a fraction. And a DHT decides by the distance of
+freely chosen keys who answers for whom, which is what makes it easy to surround a key; here everybody may answer for
+everybody, answers carry the signature of whom they are about (`records`), and liars can only be silent.
+
+Rendezvous instead: a node leaves its record with everybody that it connects to, and with at least three that are
+reachable from everywhere or were named by the ledger or a person; those have heard of nearly all. A key is looked for
+at those first, then in a few hops at peers that they name (`_look_for`).
+
+Against being surrounded: kept bootstraps, peers drawn at random over the sources that brought them and over subnets
+that we have no connection to yet, and a share of the address book for each source (`address_book`).
 """
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import random
-import secrets
-from collections.abc import Awaitable, Callable, Iterable
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Protocol
 
 import trio
 
-from kaisar_p2p.errors import DecodeError, MeshError, PeerUnreachable
-from kaisar_p2p.mesh.addresses import Address, AddressBook
+from kaisar_p2p.errors import PeerUnreachable
+from kaisar_p2p.mesh.address_book import AddressBook
+from kaisar_p2p.mesh.addresses import AnyAddress, CircuitAddress
 from kaisar_p2p.mesh.connection import Connection
+from kaisar_p2p.mesh.exchange import FRAME_BYTES, PROTOCOL, PeerExchange
 from kaisar_p2p.mesh.limits import MeshLimits
 from kaisar_p2p.mesh.network import Network
-from kaisar_p2p.mesh.streams import MeshStream
-from kaisar_p2p.wire.codec import AtMost, Count, Exactly, decode, encode, message
+from kaisar_p2p.mesh.records import RENDEZVOUS
+from kaisar_p2p.mesh.settling import Settling
+
+__all__ = ["FRAME_BYTES", "PROTOCOL", "Backoff", "Discovery", "subnet_of"]
 
 log = logging.getLogger(__name__)
 
-PROTOCOL = "/kaisar/peers/1"
-FRAME_BYTES = 64 * 1024
-_SHARED_PEERS = 32
 _REDIAL_S, _REDIAL_MAX_S = 0.25, 30.0
 _SEARCH_S = 1.0
-_EXCHANGE_DEADLINE_S = 5.0
-_ASKED_FOR_A_KEY = 3
-
-_Key = Annotated[bytes, Exactly(32)]
-_Addresses = Annotated[tuple[Annotated[str, AtMost(160)], ...], Count(8)]
-
-
-@message(2)
-@dataclass(frozen=True)
-class PeerAddresses:
-    """Where a peer may be reached."""
-
-    key: _Key
-    addresses: _Addresses
-
-
-@message(3)
-@dataclass(frozen=True)
-class Exchange:
-    """Both directions of the peer exchange; `wanted` holds the key that the asker looks for, or nothing."""
-
-    instance: Annotated[bytes, Exactly(8)]  # random per process: two processes with one key differ
-    listening: _Addresses
-    wanted: Annotated[tuple[_Key, ...], Count(1)]
-    peers: Annotated[tuple[PeerAddresses, ...], Count(_SHARED_PEERS + 1)]
-
-
-class Requester(Protocol):
-    """`Mesh.request` on one given connection."""
-
-    def __call__(self, connection: Connection, payload: bytes) -> Awaitable[bytes]: ...
+_HOPS, _ASKED_PER_HOP = 3, 3
+_LOOK_S = 10.0
+_PUBLISHED_TO = 3
+_PUBLISH_S = 900.0
+_COMPLAINT_S = 600.0
+_FOREIGN_S = 300.0
+_FOREIGN_PEERS = 1024
+_GOODBYE_S = 2.0
 
 
 class Backoff:
@@ -82,30 +70,43 @@ class Backoff:
         self._failures = 0
 
 
+@dataclass
+class _Attempts:
+    """Attempts at one peer."""
+
+    backoff: Backoff
+    next_at: float = 0.0
+    complained_at: float | None = None
+
+
+def subnet_of(host: str) -> str:
+    """The network that an address probably shares with its owner's others: IPv4 /16, IPv6 /32; a name is its own."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host
+    bits = 16 if isinstance(address, ipaddress.IPv4Address) else 32
+    return str(ipaddress.ip_network((address, bits), strict=False))
+
+
 class Discovery:
     """Keeps a node connected. `run` is its life."""
 
-    def __init__(
-        self,
-        network: Network,
-        book: AddressBook,
-        request: Requester,
-        addresses: Callable[[], tuple[Address, ...]],
-        rng: random.Random,
-    ) -> None:
-        self.instance = secrets.token_bytes(8)
+    def __init__(self, network: Network, book: AddressBook, exchange: PeerExchange, rng: random.Random) -> None:
+        self.exchange = exchange
         self._network, self._book = network, book
-        self._request = request
-        self._addresses = addresses
         self._rng = rng
         self._limits: MeshLimits = network.limits
         self._own = bytes(network.get_peer_id().to_bytes()[6:])
-        self._kept: set[bytes] = set()
+        self._settling = Settling(network, self._own)
+        self._kept: dict[bytes, bool] = {}  # whether a person asked for it
         self._new_kept, self._to_keep = trio.open_memory_channel[bytes](1024)
-        self._next_try: dict[bytes, float] = {}
-        self._tries: dict[bytes, Backoff] = {}
+        self._attempts: dict[bytes, _Attempts] = {}
+        self._foreign: dict[bytes, float] = {}  # peers of other networks, and until when they are left alone
+        self._woken = trio.Event()
         self._nursery: trio.Nursery | None = None
-        self._warned: set[bytes] = set()
+        exchange.on_met = self._on_met
+        exchange.on_foreign = self._on_foreign
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Redial the kept peers, look for more, exchange addresses."""
@@ -113,61 +114,135 @@ class Discovery:
             self._nursery = nursery
             nursery.start_soon(self._search_loop)
             nursery.start_soon(self._exchange_loop)
+            nursery.start_soon(self._publish_loop)
             task_status.started()
             async for key in self._to_keep:
                 nursery.start_soon(self._keep, key)
 
+    def wake(self) -> None:
+        """The network may be another one now: whatever waits to be tried again is tried at once."""
+        for attempts in self._attempts.values():
+            attempts.backoff.reset()
+            attempts.next_at = 0.0
+        self._woken.set()
+        self._woken = trio.Event()
+
+    async def _pause(self, delay_s: float) -> None:
+        with trio.move_on_after(delay_s):
+            await self._woken.wait()
+
     # -- peers that must stay connected -------------------------------------------------------------------------------
 
-    def keep(self, key: bytes) -> None:
-        """Dial this peer whenever it is not connected, for ever."""
-        if key == self._own or key in self._kept:
+    def keep(self, key: bytes, *, asked_for: bool = False) -> None:
+        """Dial this peer whenever it is not connected, for ever. `asked_for`: a person did, who is told of failures."""
+        if key == self._own:
             return
-        self._kept.add(key)
+        is_new = key not in self._kept
+        self._kept[key] = asked_for or self._kept.get(key, False)
         self._book.pin(key)
-        self._new_kept.send_nowait(key)
+        if is_new:
+            self._new_kept.send_nowait(key)
 
     async def _keep(self, key: bytes) -> None:
-        backoff = Backoff(self._rng)
+        attempts = self._attempts_at(key)
         while True:
             connection = self._network.connection_to(key)
             if connection is None:
                 try:
                     connection = await self.connect(key)
                 except PeerUnreachable as error:
-                    delay_s = backoff.next_s()
-                    log.debug("%s; next try in %.1f s", error.message, delay_s)
-                    await trio.sleep(delay_s)
+                    delay_s = _FOREIGN_S if self.is_foreign(key) else attempts.backoff.next_s()
+                    self._complain(key, attempts, error)
+                    await self._pause(delay_s)
                     continue
+            attempts.complained_at = None
             await connection.event_closed.wait()
             if trio.current_time() - connection.since > _REDIAL_MAX_S:
-                backoff.reset()
-            await trio.sleep(backoff.next_s())
+                attempts.backoff.reset()
+            await self._pause(attempts.backoff.next_s())
+
+    def _complain(self, key: bytes, attempts: _Attempts, error: PeerUnreachable) -> None:
+        """The first failure and then every ten minutes, where somebody can do something about it."""
+        now, told_at = trio.current_time(), attempts.complained_at
+        matters = self._kept.get(key) or self.is_foreign(key)
+        if matters and (told_at is None or now - told_at >= _COMPLAINT_S):
+            attempts.complained_at = now
+            log.warning("%s; it is tried again and again", error)
+        else:
+            log.debug("%s", error.message)
 
     # -- connecting ---------------------------------------------------------------------------------------------------
 
     async def connect(self, key: bytes) -> Connection:
         """The connection with a peer, dialing it at its known addresses if need be; raises PeerUnreachable."""
-        addresses = self._book.of(key)
-        if not addresses and self._network.connection_to(key) is None:
+        if self._network.connection_to(key) is None and not self._book.of(key):
             await self._look_for(key)
-            addresses = self._book.of(key)
-        connection = await self._network.dial(key, addresses)
+        return await self._dial(key)
+
+    async def _dial(self, key: bytes) -> Connection:
+        if self.is_foreign(key) and self._network.connection_to(key) is None:
+            raise PeerUnreachable(
+                f"peer {key.hex()[:12]} is of another network", hint="do both nodes use the same genesis file?"
+            )
+        addresses = self._book.of(key)
+        try:
+            connection = await self._network.dial(key, addresses)
+        except PeerUnreachable:
+            if self._network.connected_keys() and not self._network.is_banned(key):  # else it may be us who are cut off
+                self._book.blame(key, addresses, trio.current_time())
+            raise
         if connection.address is not None:
             self._book.confirm(key, connection.address)
         return connection
 
-    async def _look_for(self, key: bytes) -> None:
-        """Ask a few peers for the addresses of another."""
-        asked = self._sample_connections(_ASKED_FOR_A_KEY)
-        async with trio.open_nursery() as nursery:
-            for connection in asked:
-                nursery.start_soon(self._exchange, connection, key)
-
     def _sample_connections(self, most: int) -> list[Connection]:
         keys = self._network.connected_keys()
-        found = [self._network.connection_to(key) for key in self._rng.sample(keys, min(most, len(keys)))]
+        return self._connections(self._rng.sample(keys, min(most, len(keys))))
+
+    def _connections(self, keys: Iterable[bytes]) -> list[Connection]:
+        found = (self._network.connection_to(key) for key in keys)
         return [connection for connection in found if connection is not None]
+
+    # -- looking for a key --------------------------------------------------------------------------------------------
+
+    async def _look_for(self, key: bytes) -> None:
+        """Ask those who know many, then peers that they name: a few hops, a few peers each, some seconds in all."""
+        asked: set[bytes] = {self._own, key}
+        named: list[bytes] = []
+        with trio.move_on_after(_LOOK_S):
+            for hop in range(_HOPS):
+                to_ask = self._whom_to_ask(named, asked) if hop else self._whom_to_ask((), asked)
+                async with trio.open_nursery() as nursery:
+                    for peer in to_ask:
+                        asked.add(peer)
+                        nursery.start_soon(self._ask_about, peer, key, named)
+                if self._book.of(key) or not to_ask:
+                    return
+
+    def _whom_to_ask(self, named: Iterable[bytes], asked: set[bytes]) -> list[bytes]:
+        connected = self._network.connected_keys()
+        self._rng.shuffle(connected)
+        known = set(connected)
+        public = set(self._book.offering(RENDEZVOUS, trio.current_time()))
+        kept = [peer for peer in connected if peer in self._kept]
+        ranked = [*kept, *(peer for peer in connected if peer in public), *connected, *public, *named]
+        fresh = dict.fromkeys(peer for peer in ranked if peer not in asked)
+        dialable = [peer for peer in fresh if peer in known or (self._book.of(peer) and not self.is_foreign(peer))]
+        return dialable[:_ASKED_PER_HOP]
+
+    async def _ask_about(self, peer: bytes, key: bytes, named: list[bytes]) -> None:
+        was_connected = self._network.connection_to(peer) is not None
+        try:
+            connection = await self._dial(peer)
+        except PeerUnreachable as error:
+            log.debug("cannot ask about %s: %s", key.hex()[:12], error.message)
+            return
+        told = await self.exchange.ask(connection, (key,), RENDEZVOUS)
+        named += told or ()
+        if not was_connected and len(self._network.connected_keys()) > self._limits.target_peers:
+            self._soon(self._network.retire, connection)
+
+    # -- looking for more peers ---------------------------------------------------------------------------------------
 
     async def _search_loop(self) -> None:
         """Dial known peers while there are fewer connections than wanted; ask for more when none is left to try."""
@@ -184,118 +259,112 @@ class Discovery:
             elif trio.current_time() >= next_question:
                 next_question = trio.current_time() + asking.next_s()
                 for connection in self._sample_connections(1):
-                    await self._exchange(connection, None)
+                    await self.exchange.ask(connection)
 
     def _next_candidate(self) -> bytes | None:
-        now = trio.current_time()
-        candidates = [
-            key
-            for key in self._book.peers()
-            if key != self._own
+        """A source at random, then a peer at random from the subnets that we have the fewest connections to."""
+        by_source: dict[str, list[bytes]] = {}
+        for key in self._book.peers():
+            if self._is_candidate(key):
+                by_source.setdefault(self._book.source_of(key), []).append(key)
+        if not by_source:
+            return None
+        candidates = by_source[self._rng.choice(list(by_source))]
+        taken = self._outbound_subnets()
+        weights = {key: min(taken[subnet] for subnet in self._subnets(key)) for key in candidates}
+        least = min(weights.values())
+        return self._rng.choice([key for key, weight in weights.items() if weight == least])
+
+    def _is_candidate(self, key: bytes) -> bool:
+        attempts = self._attempts.get(key)
+        return (
+            key != self._own
             and key not in self._kept
             and self._network.connection_to(key) is None
-            and self._next_try.get(key, 0.0) <= now
+            and (attempts is None or attempts.next_at <= trio.current_time())
             and not self._network.is_banned(key)
-        ]
-        return self._rng.choice(candidates) if candidates else None
+            and not self.is_foreign(key)
+            and bool(self._book.of(key))
+        )
+
+    def _outbound_subnets(self) -> Counter[str]:
+        outbound = [each for each in self._connections(self._network.connected_keys()) if not each.inbound]
+        return Counter(subnet_of(connection.remote_host) for connection in outbound)
+
+    def _subnets(self, key: bytes) -> set[str]:
+        return {subnet_of(_host(address)) for address in self._book.of(key)}
 
     async def _try(self, key: bytes) -> None:
-        if len(self._tries) > self._limits.known_peers:
-            self._tries.clear()
-            self._next_try.clear()
-        backoff = self._tries.setdefault(key, Backoff(self._rng))
+        attempts = self._attempts_at(key)
         try:
             await self.connect(key)
-            backoff.reset()
+            attempts.backoff.reset()
         except PeerUnreachable as error:
-            self._next_try[key] = trio.current_time() + 4 * backoff.next_s()
+            patience = 4 if self._network.connected_keys() else 1  # alone: it may be our network that was down
+            attempts.next_at = trio.current_time() + patience * attempts.backoff.next_s()
             log.debug("%s", error.message)
 
-    # -- peer exchange ------------------------------------------------------------------------------------------------
+    def _attempts_at(self, key: bytes) -> _Attempts:
+        if len(self._attempts) > 2 * self._limits.known_peers:
+            self._attempts = {each: kept for each, kept in self._attempts.items() if each in self._kept}
+        return self._attempts.setdefault(key, _Attempts(Backoff(self._rng)))
+
+    # -- telling and asking -------------------------------------------------------------------------------------------
 
     def on_connected(self, connection: Connection) -> None:
         """Whoever dialed starts the exchange."""
-        if not connection.inbound and self._nursery is not None:
-            self._nursery.start_soon(self._exchange, connection, None)
+        if not connection.inbound:
+            self._soon(self.exchange.ask, connection)
+
+    def on_addresses_changed(self) -> None:
+        """Tell everybody that we are connected with."""
+        for connection in self._connections(self._network.connected_keys()):
+            self._soon(self.exchange.ask, connection)
 
     async def _exchange_loop(self) -> None:
         while True:
             await trio.sleep(self._limits.exchange_s * self._rng.uniform(0.5, 1.5))
+            self._book.expire(trio.current_time())
             for connection in self._sample_connections(1):
-                await self._exchange(connection, None)
+                await self.exchange.ask(connection)
 
-    async def _exchange(self, connection: Connection, wanted: bytes | None) -> None:
-        question = self._message((), () if wanted is None else (wanted,))
-        try:
-            with trio.fail_after(_EXCHANGE_DEADLINE_S):
-                answer = decode(Exchange, await self._request(connection, question))
-        except (MeshError, DecodeError, trio.TooSlowError) as error:
-            log.debug("no peer exchange with %s: %s", connection.key.hex()[:12], error)
-            return
-        self._learn(connection, answer)
+    async def _publish_loop(self) -> None:
+        """Leave our record with a few that everybody finds, before the one that they have is over."""
+        while True:
+            await self._pause(min(_PUBLISH_S, self._limits.record_s / 4) * self._rng.uniform(0.5, 1.0))
+            public = self._book.offering(RENDEZVOUS, trio.current_time())
+            known = [*self._kept, *self._rng.sample(public, len(public))]
+            connected_first = sorted(dict.fromkeys(known), key=lambda key: self._network.connection_to(key) is None)
+            for key in connected_first[:_PUBLISHED_TO]:
+                with trio.move_on_after(_LOOK_S):
+                    await self._ask_about(key, self._own, [])
 
-    async def serve(self, connection: Connection, stream: MeshStream) -> None:
-        """Answer a peer's question."""
-        question = decode(Exchange, await stream.receive_frame())
-        self._learn(connection, question)
-        wanted = question.wanted[0] if question.wanted else None
-        await stream.send_frame(self._message(self._share(connection.key, wanted), ()))
+    # -- who it turned out to be --------------------------------------------------------------------------------------
 
-    def _message(self, peers: Iterable[PeerAddresses], wanted: tuple[bytes, ...]) -> bytes:
-        listening = tuple(str(address) for address in self._addresses()[:8])
-        return encode(Exchange(self.instance, listening, wanted, tuple(peers)))
+    def is_foreign(self, key: bytes) -> bool:
+        """A peer that has said, some minutes ago at most, that it belongs to another network."""
+        return trio.current_time() < self._foreign.get(key, 0.0)
 
-    def _share(self, asker: bytes, wanted: bytes | None) -> list[PeerAddresses]:
-        keys = [key for key in self._network.connected_keys() if key not in (asker, wanted)]
-        self._rng.shuffle(keys)
-        chosen = ([wanted] if wanted is not None else []) + keys[:_SHARED_PEERS]
-        known = [(key, self._book.of(key)) for key in chosen]
-        return [PeerAddresses(key, tuple(map(str, addresses[:8]))) for key, addresses in known if addresses]
+    def _on_foreign(self, connection: Connection) -> None:
+        if len(self._foreign) >= _FOREIGN_PEERS:
+            self._foreign.clear()
+        self._foreign[connection.key] = trio.current_time() + _FOREIGN_S
+        log.debug("peer %s is of another network", connection.key.hex()[:12])
+        self._soon(self._part, connection)
 
-    def _learn(self, connection: Connection, told: Exchange) -> None:
-        self._book.add(connection.key, told.listening)
-        self._note_observed(connection, told)
-        for peer in told.peers:
-            if peer.key not in (self._own, connection.key):
-                self._book.add(peer.key, peer.addresses)
-        connection.instance = told.instance
-        self._settle(connection)
+    async def _part(self, connection: Connection) -> None:
+        with trio.move_on_after(_GOODBYE_S):
+            await connection.muxer.wait_without_streams()
+        await connection.close()
 
-    def _note_observed(self, connection: Connection, told: Exchange) -> None:
-        """A peer behind a translated address may answer on its port at the address that we see."""
-        host = connection.remote_host
-        if connection.inbound and host:
-            kind = "ip6" if ":" in host else "ip4"
-            ports = {text.rsplit("/", 1)[-1] for text in told.listening}
-            if len(ports) == 1:
-                self._book.add(connection.key, [f"/{kind}/{host}/tcp/{ports.pop()}"])
+    def _on_met(self, connection: Connection) -> None:
+        for surplus in self._settling.surplus_with(connection):
+            self._soon(self._network.retire, surplus)
 
-    # -- several connections with one key -----------------------------------------------------------------------------
+    def _soon(self, function: object, *arguments: object) -> None:
+        if self._nursery is not None:
+            self._nursery.start_soon(function, *arguments)  # type: ignore[arg-type]
 
-    def _settle(self, newest: Connection) -> None:
-        """Keep one connection per process of a peer, the same on both sides; tell when two processes use one key."""
-        others = [
-            connection
-            for connection in self._network.connections_with(newest.key)
-            if connection is not newest and connection.instance is not None and not connection.retired
-        ]
-        for other in others:
-            if other.instance == newest.instance:
-                surplus = self._surplus(other, newest)
-                if self._nursery is not None:
-                    self._nursery.start_soon(self._network.retire, surplus)
-            elif newest.key not in self._warned:
-                self._warned.add(newest.key)
-                log.warning(
-                    "two running nodes use the machine key %s, at %s and %s: stop one, or give it a key of its own",
-                    newest.key.hex(),
-                    other.remote_host,
-                    newest.remote_host,
-                )
 
-    def _surplus(self, other: Connection, newest: Connection) -> Connection:
-        """Of two connections, the one to close: the one that the larger key dialed; of equals the older."""
-        if other.inbound == newest.inbound:
-            return other
-        keep_inbound = newest.key < self._own
-        return other if other.inbound != keep_inbound else newest
+def _host(address: AnyAddress) -> str:
+    return address.through.host if isinstance(address, CircuitAddress) else address.host

@@ -16,18 +16,23 @@ from nacl.signing import SigningKey
 
 from kaisar_p2p.errors import LimitExceeded, MeshError, PeerUnreachable, RequestFailed, ungrouped
 from kaisar_p2p.mesh import discovery
-from kaisar_p2p.mesh.addresses import Address, AddressBook, local_addresses, parse, with_peer
+from kaisar_p2p.mesh.address_book import AddressBook
+from kaisar_p2p.mesh.addresses import AnyAddress, is_loopback, local_addresses, parse, with_peer
+from kaisar_p2p.mesh.announce import OwnAddresses
 from kaisar_p2p.mesh.connection import Connection
 from kaisar_p2p.mesh.discovery import Discovery
+from kaisar_p2p.mesh.exchange import PeerExchange
 from kaisar_p2p.mesh.gossip import Gossip, GossipMessage, Validator
 from kaisar_p2p.mesh.host import Host
 from kaisar_p2p.mesh.ids import key_pair_of
 from kaisar_p2p.mesh.limits import MeshConfig, PeerBuckets
 from kaisar_p2p.mesh.negotiation import confirm, proposal
 from kaisar_p2p.mesh.network import Network
+from kaisar_p2p.mesh.records import OwnRecord, network_id
 from kaisar_p2p.mesh.reputation import Reputation
 from kaisar_p2p.mesh.streams import MeshStream
 from kaisar_p2p.mesh.yamux_stream import MuxedStream
+from kaisar_p2p.wire.crypto import KeyPair
 
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamError  # isort: skip
 
@@ -92,13 +97,23 @@ class Mesh:
         self.config = config
         self._network = Network(key_pair_of(seed), config.limits)
         self._reputation = Reputation(config.limits.ban_s)
-        self._book = AddressBook(
-            allow_private=_allows_private(config),
-            peers=config.limits.known_peers,
-            addresses_per_peer=config.limits.addresses_per_peer,
-        )
+        self._book = _address_book(config)
+        self._announcer = OwnAddresses(config, lambda: self._network.bound)
         self._gossip = Gossip(self._network, signing_key, f"/kaisar/{config.network}", self._reputation, rng)
-        self._discovery = Discovery(self._network, self._book, self._ask_peers, self._own_addresses, rng)
+        self.on_addresses_changed: Callable[[], None] = lambda: None
+        network_key = network_id(config.network)
+        self._own_record = OwnRecord(
+            KeyPair.from_seed(seed),
+            network_key,
+            lambda: map(str, self._own_addresses()),
+            config.limits.record_s,
+        )
+        exchange = PeerExchange(
+            network_key, self._own_record, self._book, self._ask_peers, self._network.connected_keys, rng, self.key
+        )
+        self._discovery = Discovery(self._network, self._book, exchange, rng)
+        self._announcer.on_changed = self._addresses_changed
+        self._announcer.on_woken = self._discovery.wake
         self._host = Host(self._network, lambda: self.addrs)
         self._failed_handlers: Counter[str] = Counter()
         self._sent = self._received = 0  # bytes of connections that are over
@@ -109,6 +124,7 @@ class Mesh:
         self._network.on_retired = self._gossip.reroute
         self._network.on_disconnected = self._on_disconnected
         self._network.is_banned = lambda key: self._reputation.is_banned(key, trio.current_time())
+        self._network.is_foreign = self._discovery.is_foreign
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -117,6 +133,7 @@ class Mesh:
         await self._network.listen_on(self.config.listen)
         await nursery.start(self._gossip.run)
         await nursery.start(self._discovery.run)
+        nursery.start_soon(self._announcer.run)
 
     def _on_connected(self, connection: Connection) -> None:
         self._gossip.on_connected(connection)
@@ -139,21 +156,29 @@ class Mesh:
         """Multiaddrs of this node, with the real ports and its peer id."""
         return tuple(with_peer(address, self.key) for address in self._own_addresses())
 
-    def _own_addresses(self) -> tuple[Address, ...]:
-        if self.config.announce:
-            return tuple(parse(text)[0] for text in self.config.announce)
-        return local_addresses(self._network.bound)
+    def _own_addresses(self) -> tuple[AnyAddress, ...]:
+        return self._announcer.current()
+
+    def _addresses_changed(self) -> None:
+        self._discovery.on_addresses_changed()
+        try:
+            self.on_addresses_changed()
+        except Exception:  # the edge: a bug in the callback must not end whoever found the address
+            log.exception("on_addresses_changed failed")
 
     def add_addresses(self, peer: bytes, addrs: Iterable[str]) -> None:
         """Note where a peer may be reached; whatever is not a usable address is left out."""
         if peer != self.key:
             self._book.add(peer, addrs)
 
-    def keep_connected(self, peer: bytes, addrs: Iterable[str]) -> None:
-        """Stay connected with a bootstrap peer: redial for ever, with exponential backoff and jitter."""
+    def keep_connected(self, peer: bytes, addrs: Iterable[str], *, asked_for: bool = False) -> None:
+        """Stay connected with a bootstrap peer: redial for ever, with exponential backoff and jitter.
+
+        `asked_for`: a person named it, so failures are logged as warnings, the first and then every ten minutes.
+        """
         if peer != self.key:
             self._book.add(peer, addrs, trusted=True)
-            self._discovery.keep(peer)
+            self._discovery.keep(peer, asked_for=asked_for)
 
     def peers(self) -> list[PeerInfo]:
         """The connected peers."""
@@ -344,16 +369,23 @@ class Mesh:
             return
         async with MeshStream(stream, connection.key, discovery.PROTOCOL, discovery.FRAME_BYTES) as frames:
             with trio.fail_after(self.config.limits.negotiation_s):
-                await self._discovery.serve(connection, frames)
+                await self._discovery.exchange.serve(connection, frames)
 
 
-def _allows_private(config: MeshConfig) -> bool:
-    if config.allow_private is not None:
-        return config.allow_private
+def _address_book(config: MeshConfig) -> AddressBook:
+    allow = config.allow_private
     try:
-        return any(parse(text)[0].is_private for text in config.listen)
-    except ValueError:
-        return False
+        listening = [parse(text)[0] for text in config.listen]
+    except ValueError:  # listening will say it better
+        listening = []
+    reached_at = local_addresses(listening)
+    return AddressBook(
+        # A node with a public address only harms its own network by dialing private ones that strangers tell.
+        allow_private=allow if allow is not None else bool(reached_at) and all(each.is_private for each in reached_at),
+        allow_loopback=allow if allow is not None else any(is_loopback(each) for each in reached_at),
+        peers=config.limits.known_peers,
+        addresses_per_peer=config.limits.addresses_per_peer,
+    )
 
 
 @asynccontextmanager

@@ -3,15 +3,10 @@ from __future__ import annotations
 import logging
 import os
 
-import pytest
 import trio
 
-from kaisar_p2p.errors import PeerUnreachable
 from kaisar_p2p.mesh import Mesh
-from kaisar_p2p.mesh import discovery as peers
-from kaisar_p2p.mesh.negotiation import proposal
 from kaisar_p2p.mesh.streams import MeshStream
-from kaisar_p2p.wire.codec import encode
 from kaisar_p2p.wire.verdict import Verdict
 
 
@@ -143,28 +138,6 @@ async def test_a_restart_is_not_mistaken_for_a_twin(lab, caplog) -> None:
         await lab.stop(node)
         await eventually(lambda node=node: not hub.is_connected(node.key))
     assert "two running nodes" not in caplog.text
-
-
-async def test_lies_about_addresses_cost_nothing(lab) -> None:
-    victim = await lab.mesh()
-    connection = await lab.attacker(victim)
-    lies = tuple(
-        peers.PeerAddresses(os.urandom(32), ("/ip4/127.0.0.1/tcp/1", "nonsense", "/ip4/0.0.0.0/tcp/99999", "x" * 160))
-        for _ in range(33)
-    )
-    for _ in range(50):
-        question = encode(peers.Exchange(os.urandom(8), ("/ip4/127.0.0.1/tcp/1",) * 8, (os.urandom(32),), lies))
-        stream = connection.muxer.open_stream_nowait()
-        await stream.write(proposal(peers.PROTOCOL) + len(question).to_bytes(4, "big") + question)
-        await stream.close_write()
-    await eventually(lambda: len(victim._book.peers()) >= 30)
-    assert len(victim._book.peers()) <= victim.config.limits.known_peers
-    other = await lab.mesh()
-    other.keep_connected(victim.key, victim.addrs)
-    with trio.fail_after(10):
-        await other.wait_connected()
-    with pytest.raises(PeerUnreachable):
-        await victim.open_stream(lies[0].key, "/echo", timeout_s=10, max_frame_bytes=10)
 
 
 async def test_peers_are_described(lab) -> None:

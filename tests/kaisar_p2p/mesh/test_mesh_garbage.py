@@ -238,7 +238,7 @@ async def test_garbage_instead_of_a_protocol_name(victim: Victim, name: str) -> 
     assert not connection.muxer.is_closed
 
 
-@pytest.mark.parametrize("protocol", ["/kaisar/peers/1", "/echo", "/ipfs/ping/1.0.0", "/ipfs/id/1.0.0"])
+@pytest.mark.parametrize("protocol", ["/kaisar/peers/2", "/echo", "/ipfs/ping/1.0.0", "/ipfs/id/1.0.0"])
 @pytest.mark.parametrize("seed", range(3))
 async def test_garbage_on_every_request_stream(victim: Victim, protocol: str, seed: int) -> None:
     connection = await victim.attacker()

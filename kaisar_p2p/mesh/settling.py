@@ -1,0 +1,45 @@
+"""Several connections with one key: of the same process, one is enough; of two processes, somebody should know."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+from kaisar_p2p.mesh.connection import Connection
+from kaisar_p2p.mesh.network import Network
+
+log = logging.getLogger(__name__)
+
+
+class Settling:
+    """Says which connections are surplus, the same on both sides; tells when two processes use one key."""
+
+    def __init__(self, network: Network, own_key: bytes) -> None:
+        self._network, self._own = network, own_key
+        self._warned: set[bytes] = set()
+
+    def surplus_with(self, newest: Connection) -> Iterator[Connection]:
+        """Connections to close, now that the process behind `newest` is known."""
+        others = [
+            connection
+            for connection in self._network.connections_with(newest.key)
+            if connection is not newest and connection.instance is not None and not connection.retired
+        ]
+        for other in others:
+            if other.instance == newest.instance:
+                yield self._surplus(other, newest)
+            elif newest.key not in self._warned:
+                self._warned.add(newest.key)
+                log.warning(
+                    "two running nodes use the machine key %s, at %s and %s: stop one, or give it a key of its own",
+                    newest.key.hex(),
+                    other.remote_host,
+                    newest.remote_host,
+                )
+
+    def _surplus(self, other: Connection, newest: Connection) -> Connection:
+        """Of two connections, the one to close: the one that the larger key dialed; of equals the older."""
+        if other.inbound == newest.inbound:
+            return other
+        keep_inbound = newest.key < self._own
+        return other if other.inbound != keep_inbound else newest
