@@ -25,6 +25,8 @@ import trio
 ECHO, SINK, DIGEST = "/peers/echo/1", "/peers/sink/1", "/peers/digest/1"
 FLOOD, FRAME, RESET = "/peers/flood/1", "/peers/frame/1", "/peers/reset/1"
 
+NETWORK = "peers"  # of this project's mesh when it is under control
+
 PERIOD = 251  # of the content of streams: a prime, so that parts that swap places are noticed
 LARGEST_CHUNK = 1 << 20
 _PATTERN = memoryview(bytes(range(PERIOD)) * (LARGEST_CHUNK // PERIOD + 2))
@@ -34,6 +36,11 @@ HEAD_BYTES = 12  # of a message of `publish_many`: the machine's monotonic clock
 
 class PeerFailed(Exception):
     """A foreign peer could not do what it was asked, in its own words."""
+
+
+def topic(name: str) -> str:
+    """The name of a topic as every implementation knows it."""
+    return f"/kaisar/{NETWORK}/{name}/1"
 
 
 def content(size: int, chunk: int) -> Iterator[memoryview]:
@@ -57,7 +64,7 @@ class PeerConfig:
 
     `seed` (32 bytes) is that of its key; `relay_server` offers circuit relay v2, `relay_client` can dial and listen
     through relays (``<relay's address>/p2p-circuit`` in `listen`); `gossipsub` are options in the implementation's own
-    words.
+    words, `limits` those of this project's mesh that differ.
     """
 
     seed: bytes | None = None
@@ -67,6 +74,7 @@ class PeerConfig:
     relay_client: bool = False
     dcutr: bool = False
     gossipsub: dict[str, Any] = field(default_factory=dict)
+    limits: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """With bytes as hex."""
