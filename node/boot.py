@@ -112,7 +112,7 @@ async def _run_on_ledger(
         runtime = await _runtime(config, keys) if hardware is not None else None
         # 4. the mesh
         network = ledger.network.hex()[:16]
-        async with open_mesh(MeshConfig(config.network.listen, network), keys.seed) as mesh:
+        async with open_mesh(MeshConfig(config.network.listen, network), keys.seed, store) as mesh:
             node = _assemble(config, keys, wallet, chain, store, clock, inbox, mesh, runtime)
             machines, registration, onboarding = _machines(node, hardware)
             # 5. effects, topics, served protocols, machines

@@ -10,6 +10,7 @@ import json
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from protocols.actions import Duty, Note, Store
 SCHEMA_VERSION = 1
 EVENTS_KEPT = 10_000
 DUTIES_KEPT_S = 14 * 86_400
+_MESH = "mesh"  # kind of the items that the mesh keeps; few, so that they are never pruned
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS duties (key TEXT PRIMARY KEY, digest BLOB NOT NULL, at_s INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS items (
@@ -144,6 +146,17 @@ class NodeStore:
                 )
             self._db.execute("DELETE FROM events WHERE id <= (SELECT MAX(id) FROM events) - ?", (EVENTS_KEPT,))
             self._db.execute("DELETE FROM duties WHERE at_s < ?", (int(now) - DUTIES_KEPT_S,))
+
+    def load(self, name: str) -> bytes | None:
+        """What the mesh keeps over restarts under this name (`kaisar_p2p.mesh.MeshMemory`)."""
+        try:
+            return self.item(_MESH, name.encode())
+        except sqlite3.Error as error:
+            raise StoreError(f"cannot read {self._path}: {error}", hint="check the disk") from error
+
+    def save(self, name: str, blob: bytes) -> None:
+        """Replace what the mesh keeps under this name; StoreError."""
+        self.commit((), (Store(_MESH, name.encode(), blob),), (), time.time())
 
     def close(self) -> None:
         """Flush and close; safe to call twice."""

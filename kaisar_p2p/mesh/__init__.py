@@ -9,6 +9,7 @@ from kaisar_p2p.mesh import compat as _compat  # noqa: F401  (imports libp2p, on
 from kaisar_p2p.mesh.addresses import peer_of
 from kaisar_p2p.mesh.gossip import GossipMessage, Validator
 from kaisar_p2p.mesh.limits import MeshConfig, MeshLimits
+from kaisar_p2p.mesh.memory import MeshMemory
 from kaisar_p2p.mesh.mesh import Mesh, MeshStatistics, PeerInfo, open_mesh
 from kaisar_p2p.mesh.streams import MeshStream
 
@@ -17,6 +18,7 @@ __all__ = [
     "Mesh",
     "MeshConfig",
     "MeshLimits",
+    "MeshMemory",
     "MeshStatistics",
     "MeshStream",
     "PeerInfo",

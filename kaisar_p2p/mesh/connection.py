@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from kaisar_p2p.mesh.addresses import AnyAddress
+from kaisar_p2p.mesh.admission import origin_of
 from kaisar_p2p.mesh.negotiation import BrokenNegotiation, respond
 from kaisar_p2p.mesh.noise import PROTOCOL_ID as NOISE_ID
 from kaisar_p2p.mesh.yamux import Muxer
@@ -93,6 +94,7 @@ class Connection(SwarmConn):
         self.inbound = inbound
         self.retired = False  # another connection with the same peer takes over
         self.instance: bytes | None = None  # of the peer's process, told in the peer exchange
+        self.origin = origin_of(self.remote_host)
         self.since = self.useful_at = self._created_at
         self._handling = 0
         self.serving = 0  # inbound streams that are a request or a tunnel
@@ -129,9 +131,9 @@ class Connection(SwarmConn):
                 nursery.cancel_scope.cancel()
         finally:
             self.event_closed.set()
-            self.swarm.remove_conn(self)
             if self.muxer.violation is not None:
                 self.swarm.on_offence(self, self.muxer.violation)
+            self.swarm.remove_conn(self)
 
     async def _accept_streams(self, nursery: trio.Nursery) -> None:
         while True:

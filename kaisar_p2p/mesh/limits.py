@@ -39,6 +39,7 @@ class MeshLimits:
     dial_s: float = 5.0  # one address
     keepalive_s: float = 10.0  # ping interval; a connection silent for three of them is dead
     buffered_bytes: int = 64 * 1024 * 1024  # received on streams and not read yet, all peers together
+    served_bytes: int = 64 * 1024 * 1024  # of requests and answers that served streams hold, all peers together
     outbound_frames: int = 512  # gossip frames waiting for one peer, the oldest give way
     outbound_bytes: int = 4 * 1024 * 1024
     send_stall_s: float = 30.0  # a peer that does not read its gossip for so long is disconnected
@@ -113,6 +114,31 @@ class TokenBucket:
     def _refill(self, now: float) -> None:
         self._tokens = min(self._burst, self._tokens + max(0.0, now - self._updated) * self._rate_per_s)
         self._updated = now
+
+
+class SharedBytes:
+    """A store of bytes that many holders take from and give back to; one holder gets an eighth of it at most."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._of_one = most, most // 8
+        self._held: dict[bytes, int] = {}
+        self.total = 0
+
+    def try_take(self, holder: bytes, amount: int) -> bool:
+        """Take `amount` if it is there. What is larger than an eighth of all goes to a holder that has nothing."""
+        held = self._held.get(holder, 0)
+        if self.total + amount > self._most or (held and held + amount > self._of_one):
+            return False
+        self._held[holder] = held + amount
+        self.total += amount
+        return True
+
+    def give_back(self, holder: bytes, amount: int) -> None:
+        """What was taken is free again."""
+        self.total -= amount
+        self._held[holder] -= amount
+        if not self._held[holder]:
+            del self._held[holder]
 
 
 class PeerBuckets:

@@ -19,17 +19,22 @@ from kaisar_p2p.mesh import discovery
 from kaisar_p2p.mesh.address_book import AddressBook
 from kaisar_p2p.mesh.addresses import AnyAddress, is_loopback, local_addresses, parse, with_peer
 from kaisar_p2p.mesh.announce import OwnAddresses
+from kaisar_p2p.mesh.conduct import Conduct
+from kaisar_p2p.mesh.conflicts import FRAME_BYTES as CONFLICT_BYTES
+from kaisar_p2p.mesh.conflicts import PROTOCOL as CONFLICT_PROTOCOL
+from kaisar_p2p.mesh.conflicts import KeyConflicts
 from kaisar_p2p.mesh.connection import Connection
 from kaisar_p2p.mesh.discovery import Discovery
 from kaisar_p2p.mesh.exchange import PeerExchange
 from kaisar_p2p.mesh.gossip import Gossip, GossipMessage, Validator
 from kaisar_p2p.mesh.host import Host
 from kaisar_p2p.mesh.ids import key_pair_of
-from kaisar_p2p.mesh.limits import MeshConfig, PeerBuckets
+from kaisar_p2p.mesh.limits import MeshConfig, PeerBuckets, SharedBytes
+from kaisar_p2p.mesh.mdns import LocalNetwork
+from kaisar_p2p.mesh.memory import MeshMemory, Remembered
 from kaisar_p2p.mesh.negotiation import confirm, proposal
 from kaisar_p2p.mesh.network import Network
 from kaisar_p2p.mesh.records import OwnRecord, network_id
-from kaisar_p2p.mesh.reputation import Reputation
 from kaisar_p2p.mesh.streams import MeshStream
 from kaisar_p2p.mesh.yamux_stream import MuxedStream
 from kaisar_p2p.wire.crypto import KeyPair
@@ -60,7 +65,7 @@ class MeshStatistics:
 
     `messages` counts per (topic, verdict): accept, ignore, reject, published; and, under the topic "", duplicate
     and unwanted. `dropped` counts messages that a slow subscriber lost per topic, `refused` connections and streams
-    that a limit refused, by reason.
+    that a limit refused, by reason, and `pruned` connections that were closed for better ones, by reason.
     """
 
     connections: int
@@ -69,6 +74,7 @@ class MeshStatistics:
     dropped: dict[str, int]
     dropped_frames: int
     refused: dict[str, int]
+    pruned: dict[str, int]
     failed_handlers: dict[str, int]
     sent_bytes: int
     received_bytes: int
@@ -90,13 +96,15 @@ class _Service:
 class Mesh:
     """One node in the mesh; made by `open_mesh`."""
 
-    def __init__(self, config: MeshConfig, seed: bytes) -> None:
+    def __init__(self, config: MeshConfig, seed: bytes, memory: MeshMemory | None = None) -> None:
         signing_key = SigningKey(seed)
         rng = random.Random(secrets.randbits(128))
         self.key = bytes(signing_key.verify_key)
         self.config = config
         self._network = Network(key_pair_of(seed), config.limits)
-        self._reputation = Reputation(config.limits.ban_s)
+        self._kept: set[bytes] = set()
+        self._reputation = Conduct(self._network, self._kept.__contains__).reputation
+        self._remembered = Remembered(self._reputation, memory)
         self._book = _address_book(config)
         self._announcer = OwnAddresses(config, lambda: self._network.bound)
         self._gossip = Gossip(self._network, signing_key, f"/kaisar/{config.network}", self._reputation, rng)
@@ -114,7 +122,12 @@ class Mesh:
         self._discovery = Discovery(self._network, self._book, exchange, rng)
         self._announcer.on_changed = self._addresses_changed
         self._announcer.on_woken = self._discovery.wake
+        self._lan: LocalNetwork | None = None
         self._host = Host(self._network, lambda: self.addrs)
+        self._conflicts = KeyConflicts(self._network, self._tell, exchange.instance)
+        self._network.on_key_conflict = self._conflicts.found
+        self._network.handlers[CONFLICT_PROTOCOL] = self._serve_conflict
+        self._served_bytes = SharedBytes(config.limits.served_bytes)
         self._failed_handlers: Counter[str] = Counter()
         self._sent = self._received = 0  # bytes of connections that are over
         self._changed = trio.Event()
@@ -123,17 +136,29 @@ class Mesh:
         self._network.on_connected = self._on_connected
         self._network.on_retired = self._gossip.reroute
         self._network.on_disconnected = self._on_disconnected
-        self._network.is_banned = lambda key: self._reputation.is_banned(key, trio.current_time())
         self._network.is_foreign = self._discovery.is_foreign
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
     async def _start(self, nursery: trio.Nursery) -> None:
+        await self._remembered.load()
         self._network.run_in(nursery)
         await self._network.listen_on(self.config.listen)
         await nursery.start(self._gossip.run)
         await nursery.start(self._discovery.run)
+        nursery.start_soon(self._remembered.run)
+        nursery.start_soon(self._conflicts.run)
         nursery.start_soon(self._announcer.run)
+        self._look_around(nursery)
+
+    def _look_around(self, nursery: trio.Nursery) -> None:
+        """Start mDNS if it is wanted: by default when we listen on more than loopback."""
+        outward = not all(is_loopback(address) for address in self._network.bound)
+        if outward if self.config.mdns is None else self.config.mdns:
+            found = partial(self._book.add, lan=True, source="mdns")
+            network, most = network_id(self.config.network), self.config.limits.lan_peers
+            self._lan = LocalNetwork(self.key, network, self._announcer.local, found, most=most)
+            nursery.start_soon(self._lan.run)
 
     def _on_connected(self, connection: Connection) -> None:
         self._gossip.on_connected(connection)
@@ -159,8 +184,21 @@ class Mesh:
     def _own_addresses(self) -> tuple[AnyAddress, ...]:
         return self._announcer.current()
 
+    def _offer(self, service: int, offered: bool) -> None:
+        """Say in our signed record whether we offer a service (`records.RELAY`, `records.RENDEZVOUS`)."""
+        before = self._own_record.services
+        self._own_record.services = before | service if offered else before & ~service
+        if self._own_record.services != before:
+            self._discovery.on_addresses_changed()
+
+    def _offering(self, service: int) -> list[bytes]:
+        """Peers whose signed record says that they offer a service."""
+        return self._book.offering(service, trio.current_time())
+
     def _addresses_changed(self) -> None:
         self._discovery.on_addresses_changed()
+        if self._lan is not None:
+            self._lan.readdress()
         try:
             self.on_addresses_changed()
         except Exception:  # the edge: a bug in the callback must not end whoever found the address
@@ -178,6 +216,7 @@ class Mesh:
         """
         if peer != self.key:
             self._book.add(peer, addrs, trusted=True)
+            self._kept.add(peer)
             self._discovery.keep(peer, asked_for=asked_for)
 
     def peers(self) -> list[PeerInfo]:
@@ -211,6 +250,10 @@ class Mesh:
             await self._changed.wait()
         await trio.lowlevel.checkpoint()
 
+    def key_conflict(self) -> str | None:
+        """Who else uses this node's machine key, as far as peers have told: one sentence for people."""
+        return self._conflicts.own_key
+
     def statistics(self) -> MeshStatistics:
         """Counters since the start."""
         open_now = [c for key in self._network.connected_keys() for c in self._network.connections_with(key)]
@@ -221,6 +264,7 @@ class Mesh:
             dropped=dict(self._gossip.dropped),
             dropped_frames=self._gossip.dropped_frames(),
             refused=dict(self._network.refused),
+            pruned=dict(self._network.pruner.pruned),
             failed_handlers=dict(self._failed_handlers),
             sent_bytes=self._sent + sum(c.muxer.sent_bytes for c in open_now),
             received_bytes=self._received + sum(c.muxer.received_bytes for c in open_now),
@@ -282,6 +326,7 @@ class Mesh:
             stream.reset_nowait()
             return
         service.active[peer] += 1
+        connection.serving += 1
         try:
             async with MeshStream(stream, peer, protocol, service.max_frame_bytes) as mesh_stream:
                 await service.handler(mesh_stream)
@@ -291,6 +336,7 @@ class Mesh:
             self._failed_handlers[protocol] += 1
             log.exception("the handler of %s failed", protocol)
         finally:
+            connection.serving -= 1
             service.active[peer] -= 1
             if not service.active[peer]:
                 del service.active[peer]
@@ -344,7 +390,9 @@ class Mesh:
         async with frames:
             await frames.send_some(proposal(protocol) + len(payload).to_bytes(4, "big") + payload)
             await frames.send_eof()
-            return await frames.receive_frame()
+            answer = await frames.receive_frame()
+        self._network.credit(connection.key)
+        return answer
 
     def _propose(self, connection: Connection) -> MuxedStream:
         try:
@@ -356,6 +404,18 @@ class Mesh:
         if peer == self.key:
             raise PeerUnreachable("a node does not dial itself")
         return self._network.connection_to(peer) or await self._discovery.connect(peer)
+
+    async def _tell(self, connection: Connection, protocol: str, payload: bytes) -> None:
+        async with MeshStream(self._propose(connection), connection.key, protocol, 0) as frames:
+            frames.expect_confirmation()
+            await frames.send_some(proposal(protocol) + len(payload).to_bytes(4, "big") + payload)
+            await frames.send_eof()
+            await frames.receive_some()  # the end, or that the peer does not speak this
+
+    async def _serve_conflict(self, connection: Connection, stream: MuxedStream) -> None:
+        async with MeshStream(stream, connection.key, CONFLICT_PROTOCOL, CONFLICT_BYTES) as frames:
+            with trio.fail_after(self.config.limits.negotiation_s):
+                await self._conflicts.serve(connection, frames)
 
     # -- peer exchange ------------------------------------------------------------------------------------------------
 
@@ -389,18 +449,21 @@ def _address_book(config: MeshConfig) -> AddressBook:
 
 
 @asynccontextmanager
-async def open_mesh(config: MeshConfig, seed: bytes) -> AsyncIterator[Mesh]:
+async def open_mesh(config: MeshConfig, seed: bytes, memory: MeshMemory | None = None) -> AsyncIterator[Mesh]:
     """Run a node's mesh for as long as the context lasts; `seed` is the 32-byte seed of the machine key.
 
-    Raises PortUnavailable or ConfigError when it cannot listen. Leaving the context closes every connection at once.
+    `memory` carries what is known about misbehaving peers over restarts. Raises PortUnavailable or ConfigError when it
+    cannot listen. Leaving the context closes every connection at once.
     """
-    mesh = Mesh(config, seed)
+    mesh = Mesh(config, seed, memory)
     with ungrouped():
         async with trio.open_nursery() as nursery:
             await mesh._start(nursery)
             try:
                 yield mesh
             finally:
-                with trio.CancelScope(shield=True), trio.move_on_after(_GOODBYE_S):
-                    await mesh._network.say_goodbye()
+                with trio.CancelScope(shield=True):
+                    with trio.move_on_after(_GOODBYE_S):
+                        await mesh._network.say_goodbye()
+                    await mesh._remembered.save()
                 nursery.cancel_scope.cancel()

@@ -113,6 +113,7 @@ class Network(Swarm):
         self.on_failed_handshake: Callable[[Origin], None] = lambda _origin: None
         self.on_offence: Callable[[Connection, Exception], None] = lambda _connection, _error: None
         self.on_own_key: Callable[[str], None] = lambda _host: None
+        self.on_key_conflict: Callable[[Connection, Connection], None] = lambda _other, _newest: None
         self.is_foreign: Callable[[bytes], bool] = lambda _key: False  # of another network, as it has said itself
         self.dial_circuit: Callable[[bytes, CircuitAddress], Awaitable[Connection]] = _no_relays
         self.refused: Counter[str] = Counter()

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from kaisar_p2p.mesh.admission import Door, Origin, Standing, gives_way, origin_of, worst_of
+from kaisar_p2p.mesh.admission import Door, Origin, Standing, gives_way, worst_of
 from kaisar_p2p.mesh.connection import Connection
 from kaisar_p2p.mesh.limits import MeshLimits
 
@@ -61,13 +61,12 @@ class Pruner:
 
     def standing(self, connection: Connection, now: float) -> Standing:
         """What is known for and against a connection."""
-        origin = origin_of(connection.remote_host)
         return Standing(
             kept=self.is_kept(connection.key),
             busy=connection.busy,
-            blame=self.blame(connection.key, origin),
+            blame=self.blame(connection.key, connection.origin),
             useful_s=now - connection.useful_at,
-            crowd=self._door.crowd(origin) if connection.inbound else 0,
+            crowd=self._door.crowd(connection.origin) if connection.inbound else 0,
             age_s=now - connection.since,
         )
 

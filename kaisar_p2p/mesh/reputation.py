@@ -200,9 +200,7 @@ class Reputation:
                 record.decay(now)
                 left_s = max(0.0, record.banned_until - now)
                 if left_s > 0 or record.points >= 1 or record.strikes >= 0.05:
-                    entries.append(
-                        _ENTRY.pack(kind, len(subject), subject, record.points, record.strikes, left_s)
-                    )
+                    entries.append(_ENTRY.pack(kind, len(subject), subject, record.points, record.strikes, left_s))
         return _HEADER.pack(_MAGIC, len(entries)) + b"".join(entries)
 
     def load(self, data: bytes, passed_s: float, now: float) -> int:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 
 from kaisar_p2p.mesh.connection import Connection
 from kaisar_p2p.mesh.network import Network
-
-log = logging.getLogger(__name__)
 
 
 class Settling:
@@ -16,7 +13,6 @@ class Settling:
 
     def __init__(self, network: Network, own_key: bytes) -> None:
         self._network, self._own = network, own_key
-        self._warned: set[bytes] = set()
 
     def surplus_with(self, newest: Connection) -> Iterator[Connection]:
         """Connections to close, now that the process behind `newest` is known."""
@@ -28,14 +24,8 @@ class Settling:
         for other in others:
             if other.instance == newest.instance:
                 yield self._surplus(other, newest)
-            elif newest.key not in self._warned:
-                self._warned.add(newest.key)
-                log.warning(
-                    "two running nodes use the machine key %s, at %s and %s: stop one, or give it a key of its own",
-                    newest.key.hex(),
-                    other.remote_host,
-                    newest.remote_host,
-                )
+            else:
+                self._network.on_key_conflict(other, newest)
 
     def _surplus(self, other: Connection, newest: Connection) -> Connection:
         """Of two connections, the one to close: the one that the larger key dialed; of equals the older."""

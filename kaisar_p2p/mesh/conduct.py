@@ -1,0 +1,69 @@
+"""From what peers do on their connections to their accounts, and from the accounts to who is refused."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import trio
+
+from kaisar_p2p.mesh.admission import Origin
+from kaisar_p2p.mesh.connection import Connection
+from kaisar_p2p.mesh.network import Network
+from kaisar_p2p.mesh.noise import NotAuthentic
+from kaisar_p2p.mesh.reputation import BROKEN_STREAM_POINTS, HANDSHAKE_POINTS, UNAUTHENTIC_POINTS, Reputation
+from kaisar_p2p.mesh.yamux_stream import ProtocolViolation
+
+log = logging.getLogger(__name__)
+
+
+class Conduct:
+    """Charges accounts for broken handshakes, frames and streams; answers for the accounts at the network's door."""
+
+    def __init__(self, network: Network, is_kept: Callable[[bytes], bool]) -> None:
+        limits = network.limits
+        self._network = network
+        self.reputation = Reputation(
+            limits.ban_s, limits.ban_max_s, remembered=limits.remembered_peers, address_of=self._account_of
+        )
+        network.is_banned = lambda key: self.reputation.is_banned(key, trio.current_time())
+        network.is_origin_banned = self._is_origin_banned
+        network.on_failed_handshake = self._on_failed_handshake
+        network.on_offence = self._on_offence
+        network.pruner.is_kept = is_kept
+        network.pruner.blame = self._blame
+
+    def _account(self, origin: Origin) -> str | None:
+        """Many nodes may share a private address, and all that come over a relay share its."""
+        exempt = origin.private and self._network.limits.private_factor > 1
+        return None if exempt or not origin.account else origin.account
+
+    def _account_of(self, key: bytes) -> str | None:
+        direct = [connection for connection in self._network.connections_with(key) if not connection.relayed]
+        return self._account(direct[-1].origin) if direct else None
+
+    def _is_origin_banned(self, origin: Origin) -> bool:
+        account = self._account(origin)
+        return account is not None and self.reputation.is_address_banned(account, trio.current_time())
+
+    def _blame(self, key: bytes, origin: Origin) -> float:
+        return self.reputation.blame(key, self._account(origin), trio.current_time())
+
+    def _on_failed_handshake(self, origin: Origin) -> None:
+        account = self._account(origin)
+        if account is not None:
+            self.reputation.penalise_address(account, HANDSHAKE_POINTS, trio.current_time())
+
+    def _on_offence(self, connection: Connection, error: Exception) -> None:
+        key, now = connection.key, trio.current_time()
+        if isinstance(error, ProtocolViolation):
+            self._refuse(key, self.reputation.ban(key, now), f"it broke the connection's protocol: {error}")
+            return
+        points = UNAUTHENTIC_POINTS if isinstance(error, NotAuthentic) else BROKEN_STREAM_POINTS
+        if self.reputation.penalise(key, points, now):
+            self._refuse(key, self.reputation.ban_left_s(key, now), f"again: {error}")
+
+    def _refuse(self, key: bytes, ban_s: float, reason: str) -> None:
+        log.warning("disconnecting and refusing peer %s for %.0f s: %s", key.hex()[:12], ban_s, reason)
+        for connection in self._network.connections_with(key):
+            connection.muxer.abort()
