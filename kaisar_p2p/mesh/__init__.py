@@ -11,6 +11,7 @@ from kaisar_p2p.mesh.gossip import GossipMessage, Validator
 from kaisar_p2p.mesh.limits import MeshConfig, MeshLimits
 from kaisar_p2p.mesh.memory import MeshMemory
 from kaisar_p2p.mesh.mesh import Mesh, MeshStatistics, PeerInfo, open_mesh
+from kaisar_p2p.mesh.reachability import Reachability
 from kaisar_p2p.mesh.streams import MeshStream
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "MeshStatistics",
     "MeshStream",
     "PeerInfo",
+    "Reachability",
     "Validator",
     "open_mesh",
     "peer_of",

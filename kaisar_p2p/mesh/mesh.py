@@ -15,7 +15,7 @@ import trio
 from nacl.signing import SigningKey
 
 from kaisar_p2p.errors import LimitExceeded, MeshError, PeerUnreachable, RequestFailed, ungrouped
-from kaisar_p2p.mesh import discovery
+from kaisar_p2p.mesh import dialback, discovery
 from kaisar_p2p.mesh.address_book import AddressBook
 from kaisar_p2p.mesh.addresses import AnyAddress, is_loopback, local_addresses, parse, with_peer
 from kaisar_p2p.mesh.announce import OwnAddresses
@@ -34,6 +34,8 @@ from kaisar_p2p.mesh.mdns import LocalNetwork
 from kaisar_p2p.mesh.memory import MeshMemory, Remembered
 from kaisar_p2p.mesh.negotiation import confirm, proposal
 from kaisar_p2p.mesh.network import Network
+from kaisar_p2p.mesh.reach_check import reach_check_of
+from kaisar_p2p.mesh.reachability import Reachability
 from kaisar_p2p.mesh.records import OwnRecord, network_id
 from kaisar_p2p.mesh.streams import MeshStream
 from kaisar_p2p.mesh.yamux_stream import MuxedStream
@@ -128,6 +130,8 @@ class Mesh:
         self._network.on_key_conflict = self._conflicts.found
         self._network.handlers[CONFLICT_PROTOCOL] = self._serve_conflict
         self._served_bytes = SharedBytes(config.limits.served_bytes)
+        self._reach = reach_check_of(self._network, config, self._ask_reach, rng)
+        self._reach.on_change = self._on_reachability
         self._failed_handlers: Counter[str] = Counter()
         self._sent = self._received = 0  # bytes of connections that are over
         self._changed = trio.Event()
@@ -146,6 +150,7 @@ class Mesh:
         await self._network.listen_on(self.config.listen)
         await nursery.start(self._gossip.run)
         await nursery.start(self._discovery.run)
+        await nursery.start(self._reach.run)
         nursery.start_soon(self._remembered.run)
         nursery.start_soon(self._conflicts.run)
         nursery.start_soon(self._announcer.run)
@@ -163,12 +168,18 @@ class Mesh:
     def _on_connected(self, connection: Connection) -> None:
         self._gossip.on_connected(connection)
         self._discovery.on_connected(connection)
+        self._reach.on_connected(connection)
         self._wake()
 
     def _on_disconnected(self, connection: Connection) -> None:
         self._sent += connection.muxer.sent_bytes
         self._received += connection.muxer.received_bytes
+        self._reach.on_disconnected(connection)
         self._wake()
+
+    def _on_reachability(self, report: Reachability) -> None:
+        """The report on how others reach us has changed."""
+        self._announcer.set_confirmed(self._reach.confirmed)
 
     def _wake(self) -> None:
         self._changed.set()
@@ -218,6 +229,10 @@ class Mesh:
             self._book.add(peer, addrs, trusted=True)
             self._kept.add(peer)
             self._discovery.keep(peer, asked_for=asked_for)
+
+    def reachability(self) -> Reachability:
+        """Whether others can dial this node, and how that was found out."""
+        return self._reach.report
 
     def peers(self) -> list[PeerInfo]:
         """The connected peers."""
@@ -421,6 +436,9 @@ class Mesh:
 
     async def _ask_peers(self, connection: Connection, payload: bytes) -> bytes:
         return await self._request_on(connection, discovery.PROTOCOL, payload, discovery.FRAME_BYTES)
+
+    async def _ask_reach(self, connection: Connection, payload: bytes) -> bytes:
+        return await self._request_on(connection, dialback.PROTOCOL, payload, dialback.FRAME_BYTES)
 
     async def _serve_exchange(self, connection: Connection, stream: MuxedStream) -> None:
         if not self._exchanges.try_take(connection.key, trio.current_time()):
