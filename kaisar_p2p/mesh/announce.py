@@ -43,6 +43,11 @@ class OwnAddresses:
             self._local = local_addresses(self._bound())
         return tuple(dict.fromkeys((*self._confirmed, *self._circuits, *self._local)))
 
+    def local(self) -> tuple[Address, ...]:
+        """Those of our interfaces, for the local network."""
+        self.current()
+        return self._local
+
     def set_confirmed(self, addresses: tuple[AnyAddress, ...]) -> None:
         """Public addresses at which others have reached us."""
         self._change(lambda: setattr(self, "_confirmed", addresses))
