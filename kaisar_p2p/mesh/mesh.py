@@ -66,8 +66,10 @@ class MeshStatistics:
     """Counters since the start.
 
     `messages` counts per (topic, verdict): accept, ignore, reject, published; and, under the topic "", duplicate
-    and unwanted. `dropped` counts messages that a slow subscriber lost per topic, `refused` connections and streams
-    that a limit refused, by reason, and `pruned` connections that were closed for better ones, by reason.
+    replay and unwanted. `dropped` counts messages that a slow subscriber lost per topic, `dropped_frames` those that
+    gave way in the queues of peers, `drops` both and those that gave way before they had a verdict, by (place, topic,
+    priority); places are inbound, outbound and subscriber. `refused` counts connections and streams that a limit
+    refused, by reason, and `pruned` connections that were closed for better ones, by reason.
     """
 
     connections: int
@@ -75,6 +77,7 @@ class MeshStatistics:
     messages: dict[tuple[str, str], int]
     dropped: dict[str, int]
     dropped_frames: int
+    drops: dict[tuple[str, str, int], int]
     refused: dict[str, int]
     pruned: dict[str, int]
     failed_handlers: dict[str, int]
@@ -278,6 +281,7 @@ class Mesh:
             messages=dict(self._gossip.verdicts),
             dropped=dict(self._gossip.dropped),
             dropped_frames=self._gossip.dropped_frames(),
+            drops=self._gossip.drops(),
             refused=dict(self._network.refused),
             pruned=dict(self._network.pruner.pruned),
             failed_handlers=dict(self._failed_handlers),
@@ -298,16 +302,17 @@ class Mesh:
         await trio.lowlevel.checkpoint()
 
     def subscribe(
-        self, topic: str, validate: Validator, *, queue: int = 256, heavy: bool = False
+        self, topic: str, validate: Validator, *, queue: int = 256, heavy: bool = False, priority: int = 1
     ) -> trio.MemoryReceiveChannel[GossipMessage]:
         """Receive a topic. `validate(data, sender, author, received_at)` judges every message on receipt.
 
         ACCEPT: queued for us and forwarded. IGNORE: dropped, nobody's fault. REJECT: dropped and held against the
         sender, who is disconnected and refused for a while when it repeats. A validator that raises is our bug:
         logged, IGNORE. With `heavy` it runs in a worker thread. When the queue is full, the oldest message gives
-        way. One subscriber per topic (ValueError).
+        way. Of what is received or sent faster than it can be, topics of a higher `priority` number, 0 to 2, wait and
+        give way first. One subscriber per topic (ValueError).
         """
-        return self._gossip.subscribe(topic, validate, queue=queue, heavy=heavy)
+        return self._gossip.subscribe(topic, validate, queue=queue, heavy=heavy, priority=priority)
 
     def subscribers(self, topic: str) -> list[bytes]:
         """Connected peers that take part in a topic."""
@@ -343,7 +348,10 @@ class Mesh:
         service.active[peer] += 1
         connection.serving += 1
         try:
-            async with MeshStream(stream, peer, protocol, service.max_frame_bytes) as mesh_stream:
+            limit, held = service.max_frame_bytes, self._served_bytes
+            # All keys of one address are one holder: else many keys could hold everything.
+            holder = peer if connection.origin.private else connection.origin.account.encode()
+            async with MeshStream(stream, peer, protocol, limit, held=held, holder=holder) as mesh_stream:
                 await service.handler(mesh_stream)
         except MeshError as error:
             log.debug("%s with %s ended: %s", protocol, peer.hex()[:12], error)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 import trio
 
 from kaisar_p2p.errors import LimitExceeded, RequestFailed
+from kaisar_p2p.mesh.limits import SharedBytes
 from kaisar_p2p.mesh.negotiation import confirm, read_exactly
 from kaisar_p2p.mesh.yamux_stream import MuxedStream
 
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError, MuxedStreamReset  # isort: skip
 
+_SMALL_FRAME = 4096  # not counted: bounded by the number of streams
 _CHUNK_BYTES = 256 * 1024
 _LARGEST_FRAME = 64 * 1024 * 1024  # sent
 
@@ -24,13 +28,37 @@ class MeshStream:
     resets it.
     """
 
-    def __init__(self, stream: MuxedStream, peer: bytes, protocol: str, max_frame_bytes: int) -> None:
+    def __init__(
+        self,
+        stream: MuxedStream,
+        peer: bytes,
+        protocol: str,
+        max_frame_bytes: int,
+        *,
+        held: SharedBytes | None = None,
+        holder: bytes = b"",
+    ) -> None:
         self.peer = peer
         self.protocol = protocol
         self.max_frame_bytes = max_frame_bytes
         self.sent_bytes = self.received_bytes = 0
         self._stream = stream
         self._unconfirmed = False
+        self._held, self._holder = held, holder
+
+    @contextmanager
+    def _holding(self, size: int) -> Iterator[None]:
+        """Count a frame while it is in memory, if it is one that a peer makes us hold."""
+        if self._held is None or size <= _SMALL_FRAME:
+            yield
+            return
+        if not self._held.try_take(self._holder, size):
+            self._stream.reset_nowait()
+            raise RequestFailed("too much is being received and answered already")
+        try:
+            yield
+        finally:
+            self._held.give_back(self._holder, size)
 
     def expect_confirmation(self) -> None:
         """The peer's agreement to the protocol has not been read yet: do it before the first read."""
@@ -45,7 +73,8 @@ class MeshStream:
         """Send one frame; `max_frame_bytes` is about what we receive, the peer has its own limit. LimitExceeded."""
         if len(frame) > _LARGEST_FRAME:
             raise LimitExceeded(f"a frame of {len(frame)} bytes exceeds {_LARGEST_FRAME}", hint="send it in parts")
-        await self.send_some(len(frame).to_bytes(4, "big") + frame)
+        with self._holding(len(frame)):
+            await self.send_some(len(frame).to_bytes(4, "big") + frame)
 
     async def receive_frame(self) -> bytes:
         """The next frame. Its announced length is checked before anything is kept."""
@@ -54,7 +83,8 @@ class MeshStream:
         if size > self.max_frame_bytes:
             self._stream.reset_nowait()
             raise RequestFailed(f"the peer announced a frame of {size} bytes, over the limit of {self.max_frame_bytes}")
-        frame = await read_exactly(self._stream, size)
+        with self._holding(size):
+            frame = await read_exactly(self._stream, size)
         self.received_bytes += 4 + size
         return frame
 

@@ -112,7 +112,7 @@ async def test_garbage_instead_of_a_handshake(victim: Victim, number: int) -> No
                 pass
         await tcp.aclose()
     await victim.lives()
-    await eventually(lambda: not victim.mesh._network._handshaking)
+    await eventually(lambda: not victim.mesh._network.door.half_open)
 
 
 async def test_half_open_connections_are_bounded_and_let_go(lab) -> None:
@@ -141,7 +141,7 @@ async def test_hundreds_of_connections_in_a_life(lab) -> None:
 
 
 async def test_connections_of_one_address_are_limited(lab) -> None:
-    mesh = await lab.mesh(connections_per_address=2)
+    mesh = await lab.mesh(connections_per_address=2, private_factor=1)
     others = [await lab.mesh(target_peers=0) for _ in range(3)]
     for other in others:
         other.keep_connected(mesh.key, mesh.addrs)

@@ -23,7 +23,6 @@ from kaisar_p2p.mesh.addresses import Address, local_addresses, parse, with_peer
 from kaisar_p2p.mesh.gossip_link import SeenMessages
 from kaisar_p2p.mesh.ids import id_bytes_of, id_of, key_of, key_pair_of
 from kaisar_p2p.mesh.limits import TokenBucket
-from kaisar_p2p.mesh.reputation import BAN_POINTS, HALF_LIFE_S, REJECTED_POINTS, Reputation
 
 
 def test_peer_ids_are_those_of_the_library() -> None:
@@ -110,18 +109,6 @@ def test_a_bucket_in_debt_says_how_long() -> None:
     assert bucket.take(10, 0.0) == 0.0
     assert bucket.take(20, 0.0) == 2.0
     assert bucket.take(0, 2.0) == 0.0
-
-
-def test_reputation_bans_repetition_and_forgets() -> None:
-    reputation = Reputation(ban_s=60.0)
-    times = int(BAN_POINTS / REJECTED_POINTS)
-    assert [reputation.penalise(b"k", REJECTED_POINTS, 0.0) for _ in range(times)] == [False] * (times - 1) + [True]
-    assert reputation.is_banned(b"k", 59.0)
-    assert not reputation.is_banned(b"k", 61.0)
-    assert not reputation.is_banned(b"other", 0.0)
-    assert -1.0 < reputation.score(b"k", 10 * HALF_LIFE_S) <= 0.0
-    slow = Reputation(ban_s=60.0)
-    assert not any(slow.penalise(b"k", REJECTED_POINTS, number * HALF_LIFE_S) for number in range(1000))
 
 
 def test_seen_messages_are_bounded_by_number_and_age() -> None:
