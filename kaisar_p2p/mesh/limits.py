@@ -15,14 +15,15 @@ class MeshLimits:
     """
 
     message_bytes: int = 256 * 1024  # payload of one gossip message
-    messages_per_s: float = 200.0  # gossip messages of one peer, sustained
-    messages_burst: int = 1000
+    messages_per_s: float = 1000.0  # gossip messages of one peer, sustained; a duplicate counts a quarter
+    messages_burst: int = 2000
     bytes_per_s: float = 4 * 1024 * 1024  # gossip bytes of one peer, sustained
     bytes_burst: int = 16 * 1024 * 1024
     request_bytes: int = 16 * 1024 * 1024  # upper bound of any frame limit that a caller may ask for
     streams_per_connection: int = 256  # that a peer may have open towards us
     opens_per_s: float = 300.0  # streams that a peer may open, sustained
     opens_burst: int = 600
+    frames_per_s: float = 100_000.0  # yamux frames of one peer, of any kind; more are read more slowly
     streams: int = 4096  # that all peers together may have open towards us
     connections: int = 160
     outbound_reserved: int = 32  # of them, that only we can fill by dialing
@@ -37,14 +38,20 @@ class MeshLimits:
     handshake_s: float = 10.0
     negotiation_s: float = 10.0  # multistream-select on a new stream
     dial_s: float = 5.0  # one address
-    keepalive_s: float = 10.0  # ping interval; a connection silent for three of them is dead
+    keepalive_s: float = 10.0  # of silence, then we ping; after 2.5 times that a connection is dead
     buffered_bytes: int = 64 * 1024 * 1024  # received on streams and not read yet, all peers together
     served_bytes: int = 64 * 1024 * 1024  # of requests and answers that served streams hold, all peers together
-    outbound_frames: int = 512  # gossip frames waiting for one peer, the oldest give way
+    outbound_frames: int = 512  # gossip messages waiting for one peer, the oldest of the least important give way
     outbound_bytes: int = 4 * 1024 * 1024
+    flush_s: float = 0.02  # about so long gossip gathers before it is sent, unless we have been quiet
+    inbound_messages: int = 2048  # waiting for a verdict, the least important give way; of each heavy topic a quarter
+    inbound_bytes: int = 16 * 1024 * 1024
+    inbound_wait_s: float = 2.0  # messages that wait longer are dropped, but for the most important
     send_stall_s: float = 30.0  # a peer that does not read its gossip for so long is disconnected
-    seen_messages: int = 16384
+    seen_messages: int = 65536
     seen_s: float = 120.0
+    authors: int = 4096  # whose newest sequence number is known, against replays
+    author_s: float = 600.0  # after such a silence an author may begin anew, if its clock was set back
     heartbeat_s: float = 1.0
     ban_s: float = 60.0  # the first ban; each further one is five times as long
     ban_max_s: float = 86_400.0
@@ -60,6 +67,20 @@ class MeshLimits:
     reach_helpers: int = 5  # peers that are asked
     dialbacks: int = 8  # dials for peers that ask, at a time
     dialbacks_per_s: float = 2.0
+    relays: int = 3  # at which a node that cannot be dialed keeps reservations
+    punches_per_s: float = 0.1  # holes that a peer may ask us to punch, sustained
+    # What we carry as a relay. A member is whom the node says, or else whoever holds a reservation with us.
+    relay_reservations: int = 128
+    relay_reservations_per_address: int = 8  # four times that for an IPv4 /24 or an IPv6 /56
+    relay_reservation_s: float = 3600.0
+    relay_asks_per_s: float = 2.0  # reservations and circuits that a peer may ask for, sustained
+    relay_circuits: int = 128  # half of them at most for strangers
+    relay_circuits_per_peer: int = 16  # at either end
+    relay_bytes_per_s: float = 16 * 1024 * 1024  # all circuits together
+    relay_member_bytes: int = 8 * 1024 * 1024 * 1024  # of a circuit between members, in each direction
+    relay_member_s: float = 4 * 3600.0
+    relay_stranger_bytes: int = 2 * 1024 * 1024  # of any other circuit: to talk and to punch holes, not for bulk
+    relay_stranger_s: float = 300.0
 
 
 @dataclass(frozen=True)

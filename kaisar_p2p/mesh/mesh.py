@@ -36,8 +36,11 @@ from kaisar_p2p.mesh.negotiation import confirm, proposal
 from kaisar_p2p.mesh.network import Network
 from kaisar_p2p.mesh.reach_check import reach_check_of
 from kaisar_p2p.mesh.reachability import Reachability
-from kaisar_p2p.mesh.records import OwnRecord, network_id
+from kaisar_p2p.mesh.records import RELAY, OwnRecord, network_id
+from kaisar_p2p.mesh.relay import RelayStatistics
+from kaisar_p2p.mesh.relaying import Relaying
 from kaisar_p2p.mesh.streams import MeshStream
+from kaisar_p2p.mesh.upnp import PortMapping, wants_mapping
 from kaisar_p2p.mesh.yamux_stream import MuxedStream
 from kaisar_p2p.wire.crypto import KeyPair
 
@@ -59,6 +62,7 @@ class PeerInfo:
     connected_since: float
     score: float
     rtt_s: float | None
+    relayed: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,20 @@ class Mesh:
         self._served_bytes = SharedBytes(config.limits.served_bytes)
         self._reach = reach_check_of(self._network, config, self._ask_reach, rng)
         self._reach.on_change = self._on_reachability
+        self._mapping = PortMapping(lambda: self._network.bound, rng)
+        self._reach.mapped = lambda: self._mapping.external
+        self._mapping.on_change = self._reach.check_soon
+        self._relaying = Relaying(
+            self._network,
+            signing_key,
+            relay=config.relay,
+            preferred=lambda: (*self._kept, *self._offering(RELAY)),
+            own_addresses=lambda: self.addrs,
+            allow_private=config.allow_private,
+            rng=rng,
+        )
+        self._relaying.client.on_changed = lambda: self._announcer.set_circuits(self._relaying.addresses)
+        self._relaying.on_offer = partial(self._offer, RELAY)
         self._failed_handlers: Counter[str] = Counter()
         self._sent = self._received = 0  # bytes of connections that are over
         self._changed = trio.Event()
@@ -154,6 +172,9 @@ class Mesh:
         await nursery.start(self._gossip.run)
         await nursery.start(self._discovery.run)
         await nursery.start(self._reach.run)
+        if wants_mapping(self.config, self._network.bound):
+            nursery.start_soon(self._mapping.run)
+        await nursery.start(self._relaying.run)
         nursery.start_soon(self._remembered.run)
         nursery.start_soon(self._conflicts.run)
         nursery.start_soon(self._announcer.run)
@@ -172,17 +193,20 @@ class Mesh:
         self._gossip.on_connected(connection)
         self._discovery.on_connected(connection)
         self._reach.on_connected(connection)
+        self._relaying.on_connected(connection)
         self._wake()
 
     def _on_disconnected(self, connection: Connection) -> None:
         self._sent += connection.muxer.sent_bytes
         self._received += connection.muxer.received_bytes
         self._reach.on_disconnected(connection)
+        self._relaying.on_disconnected(connection)
         self._wake()
 
     def _on_reachability(self, report: Reachability) -> None:
         """The report on how others reach us has changed."""
         self._announcer.set_confirmed(self._reach.confirmed)
+        self._relaying.on_reachability(report.status)
 
     def _wake(self) -> None:
         self._changed.set()
@@ -237,6 +261,18 @@ class Mesh:
         """Whether others can dial this node, and how that was found out."""
         return self._reach.report
 
+    def port_mapping(self) -> str:
+        """Whether a router forwards a port to this node, in a sentence."""
+        return self._mapping.explained
+
+    def relay_statistics(self) -> RelayStatistics:
+        """What this node carries for others."""
+        return self._relaying.server.statistics
+
+    def relay_members(self, is_member: Callable[[bytes], bool]) -> None:
+        """Say between whom bulk may be relayed here; without it, between all that hold a reservation."""
+        self._relaying.server.is_member = is_member
+
     def peers(self) -> list[PeerInfo]:
         """The connected peers."""
         now = trio.current_time()
@@ -249,6 +285,7 @@ class Mesh:
                 connected_since=connection.since,
                 score=self._reputation.score(key, now),
                 rtt_s=connection.muxer.rtt_s,
+                relayed=connection.relayed,
             )
             for key, connection in found
             if connection is not None

@@ -1,0 +1,244 @@
+"""From a relayed connection to a direct one: dialing back, else punching a hole.
+
+https://github.com/libp2p/specs/blob/master/relay/DCUtR.md. Whoever received the relayed connection (B) leads: it dials
+the public addresses of the other (A); failing that both tell how others see their listening ports, and dial each
+other from those at the same moment, so that each NAT takes what comes in for an answer. A starts the handshakes.
+The direct connection takes over; streams that have begun on the relayed one end there.
+
+What a peer can make us do: dial four public addresses, `punches_per_s`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from weakref import WeakKeyDictionary
+
+import trio
+
+from kaisar_p2p.errors import PeerUnreachable, RequestFailed
+from kaisar_p2p.mesh.addresses import Address
+from kaisar_p2p.mesh.circuit_wire import (
+    DCUTR,
+    PunchMessage,
+    PunchType,
+    binary_of,
+    direct_addresses_of,
+    receive,
+    send,
+)
+from kaisar_p2p.mesh.connection import Connection
+from kaisar_p2p.mesh.identify_client import Identity, identify
+from kaisar_p2p.mesh.limits import PeerBuckets
+from kaisar_p2p.mesh.negotiation import confirm, proposal
+from kaisar_p2p.mesh.network import Network
+from kaisar_p2p.mesh.protobuf import MalformedMessage
+from kaisar_p2p.mesh.yamux_stream import MuxedStream
+
+from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamError  # isort: skip
+
+log = logging.getLogger(__name__)
+
+_TRIES = 3
+_ADDRESSES = 4  # dialed at a time, told
+_WITNESSES = 3  # peers asked how they see us
+_ROUND_S = 10.0  # of waiting for the other's messages
+_PUNCH_S = 4.0  # one simultaneous dial
+_AT_ONCE = 8  # peers
+
+_FAILURES = (RequestFailed, PeerUnreachable, MuxedStreamError, MuxedConnUnavailable, trio.TooSlowError)
+
+
+class HolePunch:
+    """Upgrades relayed connections. `run` is its life."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._upgrading: set[bytes] = set()
+        self._identities: WeakKeyDictionary[Connection, Identity] = WeakKeyDictionary()
+        rate = network.limits.punches_per_s
+        self._asking = PeerBuckets(rate, max(4.0, 4 * rate))
+        self._nursery: trio.Nursery | None = None
+        network.handlers[DCUTR] = self._follow
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """The tasks of all upgrades."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            await trio.sleep_forever()
+
+    def on_connected(self, connection: Connection) -> None:
+        """A direct connection takes over from relayed ones; an inbound relayed one is to be upgraded."""
+        assert self._nursery is not None
+        if not connection.relayed:
+            for other in self._network.connections_with(connection.key):
+                if other.relayed and not other.retired:
+                    self._nursery.start_soon(self._network.retire, other)
+        elif connection.inbound and len(self._upgrading) < _AT_ONCE and connection.key not in self._upgrading:
+            self._nursery.start_soon(self._upgrade, connection)
+
+    def _has_direct(self, key: bytes) -> bool:
+        return any(not connection.relayed for connection in self._network.connections_with(key))
+
+    # -- leading ------------------------------------------------------------------------------------------------------
+
+    async def _upgrade(self, connection: Connection) -> None:
+        key = connection.key
+        self._upgrading.add(key)
+        try:
+            if not await self._dial_back(connection):
+                await self._punch_as_leader(connection)
+        except _FAILURES as error:
+            log.debug("%s stays behind a relay: %s", key.hex()[:12], error)
+        finally:
+            self._upgrading.discard(key)
+
+    async def _dial_back(self, connection: Connection) -> bool:
+        """Dial the other's public addresses; whether there is a direct connection now."""
+        if self._has_direct(connection.key):
+            return True
+        addresses = self._acceptable((await self._identity(connection)).listening)
+        if not addresses:
+            return False
+        try:
+            await self._network.dial_direct(connection.key, addresses)
+        except PeerUnreachable as error:
+            log.debug("dialing back: %s", error)
+            return self._has_direct(connection.key)
+        return True
+
+    async def _punch_as_leader(self, connection: Connection) -> None:
+        for _ in range(_TRIES):
+            addresses, rtt_s = await self._arrange(connection)
+            await trio.sleep(rtt_s / 2)  # the signal is on its way
+            if await self._dial_at_once(connection.key, addresses, initiator=False):
+                log.info("a direct connection with %s through both NATs", connection.key.hex()[:12])
+                return
+        raise PeerUnreachable("no hole could be punched")
+
+    async def _arrange(self, connection: Connection) -> tuple[list[Address], float]:
+        """Agree on a moment: where to dial, and the round trip in seconds.
+
+        A stream for each try: other implementations follow one signal only on each.
+        """
+        own = await self._own_addresses()
+        if not own:
+            raise PeerUnreachable("nobody tells how our listening port is seen from outside")
+        stream = connection.muxer.open_stream_nowait()
+        try:
+            with trio.fail_after(_ROUND_S):
+                await stream.write(proposal(DCUTR))
+                await confirm(stream, DCUTR)
+                asked = trio.current_time()
+                await send(stream, PunchMessage(PunchType.CONNECT, own))
+                answer = await _expect(stream, PunchType.CONNECT)
+                rtt_s = trio.current_time() - asked
+                addresses = self._acceptable(direct_addresses_of(answer.addresses))
+                if not addresses:
+                    raise PeerUnreachable("the peer does not know how it is seen from outside")
+                await send(stream, PunchMessage(PunchType.SYNC))
+                await stream.close()
+        except BaseException:
+            stream.reset_nowait()
+            raise
+        return addresses, rtt_s
+
+    # -- following ----------------------------------------------------------------------------------------------------
+
+    async def _follow(self, connection: Connection, stream: MuxedStream) -> None:
+        """The peer behind the relay leads."""
+        if not connection.relayed or connection.inbound or connection.key in self._upgrading:
+            stream.reset_nowait()
+            return
+        self._upgrading.add(connection.key)
+        try:
+            for _ in range(_TRIES):
+                if not await self._follow_once(connection, stream):
+                    break
+            await stream.close()
+        except _FAILURES as error:
+            log.debug("%s stays behind a relay: %s", connection.key.hex()[:12], error)
+            stream.reset_nowait()
+        finally:
+            self._upgrading.discard(connection.key)
+
+    async def _follow_once(self, connection: Connection, stream: MuxedStream) -> bool:
+        """One try; whether the leader may start another on this stream."""
+        with trio.fail_after(_ROUND_S):
+            addresses = self._acceptable(direct_addresses_of((await _expect(stream, PunchType.CONNECT)).addresses))
+            if not self._asking.try_take(connection.key, trio.current_time()):
+                raise RequestFailed("the peer punches too often")
+            await send(stream, PunchMessage(PunchType.CONNECT, await self._own_addresses()))
+            await _expect(stream, PunchType.SYNC)
+        if self._has_direct(connection.key):
+            return False
+        return not await self._dial_at_once(connection.key, addresses, initiator=True)
+
+    # -- both ---------------------------------------------------------------------------------------------------------
+
+    async def _dial_at_once(self, key: bytes, addresses: Iterable[Address], *, initiator: bool) -> bool:
+        """Dial all addresses from the listening port; whether there is a direct connection now."""
+        with trio.move_on_after(_PUNCH_S):
+            async with trio.open_nursery() as nursery:
+                for address in addresses:
+                    nursery.start_soon(self._dial_one, key, address, initiator, nursery.cancel_scope)
+        return self._has_direct(key)
+
+    async def _dial_one(self, key: bytes, address: Address, initiator: bool, others: trio.CancelScope) -> None:
+        try:
+            tcp = await self._network.open_raw(address)
+            connection = await self._network.upgrade_dialed(tcp, key, initiator=initiator)
+        except Exception as error:  # noqa: BLE001  (the edge: a handshake with whoever answers there)
+            log.debug("no direct connection with %s at %s: %r", key.hex()[:12], address, error)
+            return
+        connection.address = address
+        others.cancel()
+
+    def _acceptable(self, addresses: Iterable[Address]) -> list[Address]:
+        """Public IP addresses; on a node that listens on loopback only also those."""
+        at_home = all(bound.is_loopback for bound in self._network.bound)
+        usable = [
+            address
+            for address in addresses
+            if address.kind.startswith("ip")
+            and address.is_dialable
+            and (not address.is_private or (at_home and address.is_loopback))
+        ]
+        return list(dict.fromkeys(usable))[:_ADDRESSES]
+
+    async def _own_addresses(self) -> tuple[bytes, ...]:
+        """How peers see our listening port: those that we dialed from it, or that it is public for."""
+        seen: list[Address] = []
+        async with trio.open_nursery() as nursery:
+            for connection in self._witnesses():
+                nursery.start_soon(self._ask_witness, connection, seen)
+        return tuple(map(binary_of, self._acceptable(seen)))
+
+    def _witnesses(self) -> list[Connection]:
+        ports = {address.port for address in self._network.bound}
+        found = [self._network.connection_to(key) for key in self._network.connected_keys()]
+        return [c for c in found if c is not None and not c.relayed and c.local_port in ports][:_WITNESSES]
+
+    async def _ask_witness(self, connection: Connection, seen: list[Address]) -> None:
+        try:
+            observed = (await self._identity(connection)).observed
+        except _FAILURES as error:
+            log.debug("%s does not tell how it sees us: %s", connection.key.hex()[:12], error)
+            return
+        if observed is not None:
+            seen.append(observed)
+
+    async def _identity(self, connection: Connection) -> Identity:
+        """Asked once a connection."""
+        known = self._identities.get(connection)
+        if known is None:
+            known = self._identities[connection] = await identify(connection)
+        return known
+
+
+async def _expect(stream: MuxedStream, kind: PunchType) -> PunchMessage:
+    message = PunchMessage.decode(await receive(stream))
+    if message.type != kind:
+        raise MalformedMessage(f"hole punching: a message of type {message.type} instead of {kind.name}")
+    return message
