@@ -72,7 +72,7 @@ class OwnAddresses:
     async def run(self) -> None:
         """Look at the interfaces and at the clocks, again and again."""
         ahead_s = time.time() - trio.current_time()
-        self.look()
+        self.current()
         while True:
             await trio.sleep(self._poll_s)
             jumped, ahead_s = time.time() - trio.current_time() - ahead_s, time.time() - trio.current_time()
