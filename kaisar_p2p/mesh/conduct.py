@@ -10,9 +10,8 @@ import trio
 from kaisar_p2p.mesh.admission import Origin
 from kaisar_p2p.mesh.connection import Connection
 from kaisar_p2p.mesh.network import Network
-from kaisar_p2p.mesh.noise import NotAuthentic
 from kaisar_p2p.mesh.reputation import BROKEN_STREAM_POINTS, HANDSHAKE_POINTS, UNAUTHENTIC_POINTS, Reputation
-from kaisar_p2p.mesh.yamux_stream import ProtocolViolation
+from kaisar_p2p.mesh.yamux_frames import NotAuthentic, ProtocolViolation
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ class Conduct:
 
     def _on_offence(self, connection: Connection, error: Exception) -> None:
         key, now = connection.key, trio.current_time()
-        if isinstance(error, ProtocolViolation):
+        if isinstance(error, ProtocolViolation) and not isinstance(error, NotAuthentic):
             self._refuse(key, self.reputation.ban(key, now), f"it broke the connection's protocol: {error}")
             return
         points = UNAUTHENTIC_POINTS if isinstance(error, NotAuthentic) else BROKEN_STREAM_POINTS

@@ -38,6 +38,7 @@ class MeshLimits:
     handshake_s: float = 10.0
     negotiation_s: float = 10.0  # multistream-select on a new stream
     dial_s: float = 5.0  # one address
+    private_hello_s: float = 0.9  # dialing in a private swarm: the peer's nonce, and then its first bytes
     keepalive_s: float = 10.0  # of silence, then we ping; after 2.5 times that a connection is dead
     buffered_bytes: int = 64 * 1024 * 1024  # received on streams and not read yet, all peers together
     served_bytes: int = 64 * 1024 * 1024  # of requests and answers that served streams hold, all peers together

@@ -45,34 +45,106 @@ def proposal(protocol: str) -> bytes:
 
 async def confirm(channel: Channel, protocol: str) -> None:
     """Read the answer to `proposal`; raises RequestFailed when the peer does not speak the protocol."""
-    answer = proposal(protocol)
-    start = await _some(channel, _READ_BYTES)
-    if start.startswith(answer):  # as it nearly always comes
-        if len(start) > len(answer):
-            channel.unread(start[len(answer) :])
-        return
-    channel.unread(start)
-    if await _read_line(channel) != _HEADER:
+    lines = _Lines(channel)
+    if await lines.next() != _HEADER:
         raise BrokenNegotiation("the peer does not speak multistream-select")
-    if await _read_line(channel) != protocol:
+    if await lines.next() != protocol:
         raise RequestFailed(f"the peer does not speak {protocol}", hint="does it run the same version and role?")
+    lines.give_back()
 
 
 async def respond(channel: Channel, speaks: Callable[[str], bool]) -> str:
     """The accepting side: agree on the first proposed protocol that we speak."""
-    if await _read_line(channel) != _HEADER:
+    lines = _Lines(channel)
+    if await lines.next() != _HEADER:
         raise BrokenNegotiation("the peer does not speak multistream-select")
-    start = await _some(channel, _READ_BYTES, waits=False)
-    channel.unread(start)
     answer = _line(_HEADER)
-    if not _parse_line(start):  # the peer waits for our header before it proposes
-        await channel.write(answer)
-        answer = b""
     for _ in range(_ATTEMPTS):
-        protocol = await _read_line(channel)
+        if answer and not lines.has_next:  # some wait for our header before they propose
+            await channel.write(answer)
+            answer = b""
+        protocol = await lines.next()
         if speaks(protocol):
             await channel.write(answer + _line(protocol))
+            lines.give_back()
             return protocol
         await channel.write(answer + _line(_REFUSED))
         answer = b""
     raise RequestFailed("the peer proposes only protocols that we do not speak")
+
+
+class _Lines:
+    """Reads lines, with as few reads as possible; what comes after the last one has to be given back."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._buffer = b""
+
+    @property
+    def has_next(self) -> bool:
+        """Another line has arrived already."""
+        return parse_line(self._buffer) is not None
+
+    async def next(self) -> str:
+        while (found := parse_line(self._buffer)) is None:
+            self._buffer += await _some(self._channel, _READ_BYTES)
+        line, used = found
+        self._buffer = self._buffer[used:]
+        return line
+
+    def give_back(self) -> None:
+        if self._buffer:
+            self._channel.unread(self._buffer)
+            self._buffer = b""
+
+
+def parse_line(data: bytes) -> tuple[str, int] | None:
+    """The first line and the bytes that it takes, None when more has to come; raises BrokenNegotiation."""
+    if not data:
+        return None
+    length, start = data[0], 1
+    if length & 128:
+        if len(data) < 2:
+            return None
+        length, start = (length & 127) | data[1] << 7, 2
+    if not 0 < length <= _LINE_BYTES:
+        raise BrokenNegotiation("a line of multistream-select is too long")
+    end = start + length
+    if len(data) < end:
+        return None
+    try:
+        text = data[start:end].decode("ascii")
+    except UnicodeDecodeError:
+        raise BrokenNegotiation("a line of multistream-select is not text") from None
+    if not text.endswith("\n"):
+        raise BrokenNegotiation("a line of multistream-select does not end")
+    return text[:-1], end
+
+
+def _line(text: str) -> bytes:
+    data = text.encode() + b"\n"
+    if len(data) >= 128:
+        return bytes([len(data) & 127 | 128, len(data) >> 7]) + data
+    return bytes([len(data)]) + data
+
+
+async def _some(channel: Channel, count: int) -> bytes:
+    try:
+        part = await channel.read(count)
+    except MuxedStreamEOF:
+        part = b""
+    except (MuxedStreamReset, MuxedStreamError):
+        raise RequestFailed("the peer reset the stream") from None
+    if not part:
+        raise RequestFailed("the peer ended the stream early")
+    return part
+
+
+async def read_exactly(channel: Channel, count: int) -> bytes:
+    """Exactly `count` bytes; raises RequestFailed when the stream ends or is reset before."""
+    parts: list[bytes] = []
+    while count:
+        part = await _some(channel, count)
+        parts.append(part)
+        count -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)

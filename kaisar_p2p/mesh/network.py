@@ -23,21 +23,20 @@ from functools import partial
 
 import trio
 
-from kaisar_p2p.errors import ConfigError, PeerUnreachable, PortUnavailable
+from kaisar_p2p.errors import ConfigError, KaisarError, PeerUnreachable, PortUnavailable
 from kaisar_p2p.mesh import tcp as sockets
 from kaisar_p2p.mesh.addresses import Address, AnyAddress, CircuitAddress, parse
 from kaisar_p2p.mesh.admission import Door, Origin, Visitor, origin_of
-from kaisar_p2p.mesh.connection import YAMUX_ID, Connection, StreamHandler, TcpStream
+from kaisar_p2p.mesh.connection import Connection, StreamHandler, TcpStream
 from kaisar_p2p.mesh.dialed_back import BACK_PROTOCOL, DialBackTransport, DialedBack
 from kaisar_p2p.mesh.ids import id_of, key_of
 from kaisar_p2p.mesh.limits import MeshLimits
-from kaisar_p2p.mesh.noise import PROTOCOL_ID as NOISE_ID
-from kaisar_p2p.mesh.noise import NoiseSession, NoiseTransport
+from kaisar_p2p.mesh.pnet import CheckedStream, PreSharedKeyMismatch, protect
 from kaisar_p2p.mesh.pruning import Pruner
+from kaisar_p2p.mesh.upgrade import Upgrader
 from kaisar_p2p.mesh.yamux import Muxer
-from kaisar_p2p.mesh.yamux_stream import ReceivedBytes
 
-from libp2p.abc import IMuxedConn, ISecureConn  # isort: skip
+from libp2p.abc import IMuxedConn  # isort: skip
 from libp2p.connection_types import ConnectionType  # isort: skip
 from libp2p.crypto.keys import KeyPair  # isort: skip
 from libp2p.io.abc import ReadWriteCloser  # isort: skip
@@ -48,8 +47,6 @@ from libp2p.network.exceptions import SwarmException  # isort: skip
 from libp2p.network.swarm import Swarm  # isort: skip
 from libp2p.peer.id import ID  # isort: skip
 from libp2p.peer.peerstore import PeerStore  # isort: skip
-from libp2p.stream_muxer.muxer_multistream import MuxerMultistream  # isort: skip
-from libp2p.transport.upgrader import TransportUpgrader  # isort: skip
 from multiaddr import Multiaddr  # isort: skip
 
 log = logging.getLogger(__name__)
@@ -59,35 +56,19 @@ _RETIRED_RELAYED_S = 24 * 3600.0  # a tunnel that began before the direct connec
 _ANY_ADDRESS = Multiaddr("/ip4/0.0.0.0/tcp/0")  # the library only logs it
 
 
-class _MuxerSelection(MuxerMultistream):
-    """Our yamux; the library's version constructs its own whatever it was given."""
-
-    def __init__(self, limits: MeshLimits) -> None:
-        super().__init__({YAMUX_ID: Muxer}, negotiate_timeout=int(limits.negotiation_s))
-        self._limits = limits
-        self._received = ReceivedBytes(limits.buffered_bytes)
-
-    async def new_conn(self, conn: ISecureConn, peer_id: ID) -> IMuxedConn:
-        protocol, _ = await self._selector.select(conn, conn.is_initiator, self.negotiate_timeout)
-        assert isinstance(conn, NoiseSession)
-        muxer = Muxer(conn, peer_id, limits=self._limits, received=self._received)
-        return self._annotate_connection(muxer, conn, protocol)
-
-
-class _Upgrader(TransportUpgrader):
-    """Noise and our yamux, nothing else: the library offers plaintext by default. And peers may dial us back."""
+class _Upgrader(Upgrader):
+    """What peers may do with a new connection: talk to us, or dial us back."""
 
     def __init__(self, key_pair: KeyPair, limits: MeshLimits) -> None:
         self.take_secret: Callable[[bytes, str], bool] = lambda _secret, _host: False
         back = DialBackTransport(lambda secret, host: self.take_secret(secret, host))
-        super().__init__({NOISE_ID: NoiseTransport(key_pair), BACK_PROTOCOL: back}, {})
-        self.muxer_multistream = _MuxerSelection(limits)
+        super().__init__(key_pair, limits, {BACK_PROTOCOL: back.secure_inbound})
 
 
 class Network(Swarm):
     """Connections of one node. `run_in` gives it the nursery that owns them; they are all gone when that ends."""
 
-    def __init__(self, key_pair: KeyPair, limits: MeshLimits) -> None:
+    def __init__(self, key_pair: KeyPair, limits: MeshLimits, pre_shared_key: bytes | None = None) -> None:
         peer_id = ID.from_pubkey(key_pair.public_key)
         peerstore = PeerStore()
         peerstore.add_key_pair(peer_id, key_pair)
@@ -103,6 +84,7 @@ class Network(Swarm):
             ),
         )
         self.limits = limits
+        self._pre_shared_key = pre_shared_key
         self.bound: tuple[Address, ...] = ()
         self.handlers: dict[str, StreamHandler] = {}
         self.on_connected: Callable[[Connection], None] = lambda _connection: None
@@ -133,6 +115,7 @@ class Network(Swarm):
     def run_in(self, nursery: trio.Nursery) -> None:
         """Connections live in this nursery, until it is cancelled."""
         self._nursery = nursery
+        nursery.start_soon(self.upgrader.keeper.run)  # type: ignore[attr-defined]
 
     def register(self, connection: Connection) -> None:
         """A connection is ready for streams."""
@@ -276,18 +259,28 @@ class Network(Swarm):
     async def _upgrade_inbound(self, raw: RawConnection, visitor: Visitor) -> Muxer | None:
         try:
             with trio.fail_after(self.limits.handshake_s):
+                if self._pre_shared_key is not None and isinstance(raw.stream, TcpStream):  # a relay's is inside one
+                    raw.stream = await protect(raw.stream, self._pre_shared_key)
                 muxer = await self.upgrade_inbound_raw_conn(raw, _ANY_ADDRESS)
             assert isinstance(muxer, Muxer)
             return muxer
         except DialedBack:
             return None
         except Exception as error:  # noqa: BLE001  (the edge: a handshake made of garbage can raise anything)
-            self.refused["handshake"] += 1
-            self.on_failed_handshake(visitor.origin)
-            log.debug("inbound handshake with %s failed: %r", visitor.origin.account, error)
+            self._note_failed_handshake(visitor.origin, error)
             return None
         finally:
             self.door.authenticated(visitor)
+
+    def _note_failed_handshake(self, origin: Origin, error: Exception) -> None:
+        reason = _root(error)
+        if isinstance(reason, PreSharedKeyMismatch):  # somebody's mistake, or a stranger: both are kept out, no more
+            self.refused["pre-shared key"] += 1
+            log.info("not connecting with %s: %s", origin.account, reason.message)
+            return
+        self.refused["handshake"] += 1
+        self.on_failed_handshake(origin)
+        log.debug("inbound handshake with %s failed: %r", origin.account, error)
 
     # -- dialing ------------------------------------------------------------------------------------------------------
 
@@ -341,14 +334,21 @@ class Network(Swarm):
         return connection
 
     async def open_raw(self, address: Address, *, fresh_port: bool = False) -> TcpStream:
-        """A TCP connection before any handshake, as the other end's listener expects it; OSError.
+        """A TCP connection before any handshake, as the other end's listener expects it, inside the private swarm if
+        there is one. Raises OSError, or PreSharedKeyMismatch, which is a ConnectionClosedError, here or on reading.
 
         Towards public addresses it leaves from a port that we listen on, unless it is to be a fresh one.
         """
         source = None if fresh_port else sockets.dialing_source(address, self.bound)
         stream = await sockets.connect(address, source)
         sockets.notice_loss(stream.socket, 3 * self.limits.keepalive_s)
-        return TcpStream(stream)
+        if self._pre_shared_key is None:
+            return CheckedStream(stream)
+        try:
+            return await protect(TcpStream(stream), self._pre_shared_key, self.limits.private_hello_s)
+        except BaseException:
+            await trio.aclose_forcefully(stream)
+            raise
 
     async def upgrade_dialed(self, tcp: TcpStream, key: bytes, *, initiator: bool = True) -> Connection:
         """Authenticate a TCP connection that we dialed; with `initiator` False the peer starts the handshakes.
@@ -406,13 +406,20 @@ async def _no_relays(_key: bytes, address: CircuitAddress) -> Connection:
     raise PeerUnreachable(f"no relays are used: {address}")
 
 
-def _cause(error: BaseException) -> str:
-    """The reason at the bottom of wrapped errors, for people."""
+def _root(error: BaseException) -> BaseException:
+    """The reason at the bottom of wrapped errors."""
     while True:
         inner = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error.__cause__
         if inner is None:
-            break
+            return error
         error = inner
+
+
+def _cause(error: BaseException) -> str:
+    """The reason at the bottom of wrapped errors, for people."""
+    error = _root(error)
+    if isinstance(error, KaisarError):
+        return error.message
     if isinstance(error, trio.TooSlowError):
         return "no answer in time"
     if isinstance(error, OSError) and error.errno:

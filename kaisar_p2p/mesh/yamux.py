@@ -2,11 +2,11 @@
 
 Replaces the library's muxer, whose receive windows are not enforced (a peer can fill our memory), which has no
 limit of streams and sends a window update for every read. Here one task reads, one writes whatever has gathered
-meanwhile, one sends pings.
+meanwhile, and one of the whole node (`keepalive`) looks after silent peers.
 
 What a peer can cost: `streams_per_connection` streams, the window of each until somebody reads it, and all peers
 together `buffered_bytes`: above that, streams that nobody reads are reset. Whoever breaks the framing or a window loses
-the connection.
+the connection, with a `violation`; whoever does not read what we send for `send_stall_s` loses it too.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from kaisar_p2p.mesh import compat as _compat  # noqa: F401  (before libp2p)
+from kaisar_p2p.mesh.keepalive import Keeper, Liveness
 from kaisar_p2p.mesh.limits import MeshLimits, TokenBucket
-from kaisar_p2p.mesh.noise import NoiseSession, NotAuthentic
-from kaisar_p2p.mesh.yamux_stream import (
+from kaisar_p2p.mesh.noise import READ_BYTES, NoiseSession
+from kaisar_p2p.mesh.yamux_frames import (
     ACK,
     DATA,
     FIN,
@@ -31,10 +32,11 @@ from kaisar_p2p.mesh.yamux_stream import (
     SYN,
     WINDOW,
     ConnectionOver,
-    MuxedStream,
+    FrameParser,
     ProtocolViolation,
-    ReceivedBytes,
 )
+from kaisar_p2p.mesh.yamux_outbox import Outbox
+from kaisar_p2p.mesh.yamux_stream import MuxedStream, ReceivedBytes
 
 from libp2p.abc import IMuxedConn  # isort: skip
 from libp2p.connection_types import ConnectionType  # isort: skip
@@ -44,8 +46,13 @@ from multiaddr import Multiaddr  # isort: skip
 
 log = logging.getLogger(__name__)
 
-_QUEUED_BYTES = 512 * 1024  # writers wait above this
+__all__ = ["MuxedStream", "Muxer", "ProtocolViolation"]
+
 _GROWN_BYTES = 8 * 1024 * 1024  # that the windows of one connection may grow in all
+_FIRST_READ_BYTES = 64 * 1024
+_DENSE_READ_BYTES = 16 * 1024  # of a peer that sends tiny frames: other tasks have their turn after so many
+_DENSE_FRAME_BYTES = 256
+_GOODBYE_S = 0.2  # for what is queued to leave before we close
 
 
 class Muxer(IMuxedConn):
@@ -60,34 +67,35 @@ class Muxer(IMuxedConn):
         *,
         limits: MeshLimits | None = None,
         received: ReceivedBytes | None = None,
+        keeper: Keeper | None = None,
     ) -> None:
         self.peer_id = peer_id
         self.on_close = on_close  # part of the library's interface
         self.event_started, self.event_closed = trio.Event(), trio.Event()
-        self.rtt_s: float | None = None
-        self.violation: ProtocolViolation | NotAuthentic | None = None  # that ended the connection
         self.received_bytes = self.sent_bytes = 0
         self.last_received = 0.0  # trio time
+        self.violation: ProtocolViolation | None = None  # why the connection ended, when that was the peer's fault
+        self.on_stream: Callable[[MuxedStream], object] | None = None  # takes inbound streams, or `accept_stream` does
         self._limits = limits or MeshLimits()
         self.received = received or ReceivedBytes(self._limits.buffered_bytes)
         self._session = session
         self._initiator = session.is_initiator if is_initiator is None else is_initiator
         self._next_id = 1 if self._initiator else 2
         self._streams: dict[int, MuxedStream] = {}
+        self._lingering: set[MuxedStream] = set()
         self._inbound = 0
-        self._opens: TokenBucket | None = None
-        self._accept_send, self._accept_receive = trio.open_memory_channel[MuxedStream](
-            self._limits.streams_per_connection
-        )
-        self._queue: list[bytes | memoryview] = []
-        self._queued_bytes = 0
+        self._opens = TokenBucket(self._limits.opens_per_s, self._limits.opens_burst, 0.0)
+        self._accepted: tuple[trio.MemorySendChannel[MuxedStream], trio.MemoryReceiveChannel[MuxedStream]] | None = None
+        self._outbox = Outbox()
+        self._parser = FrameParser(self)
+        self._body_stream: MuxedStream | None = None
+        self._body_flags = 0
         self._growth_left = _GROWN_BYTES
-        self._queue_filled: trio.Event | None = None
-        self._queue_drained: trio.Event | None = None
         self._emptied: trio.Event | None = None
         self._scope: trio.CancelScope | None = None
         self._ended = False
-        self._ping_id, self._ping_sent = 0, 0.0
+        self._keeper = keeper
+        self._liveness = Liveness(self._limits.keepalive_s, self._limits.send_stall_s)
 
     # -- the library's view -------------------------------------------------------------------------------------------
 
@@ -106,6 +114,11 @@ class Muxer(IMuxedConn):
         """The connection carries streams."""
         return self.event_started.is_set() and not self._ended
 
+    @property
+    def rtt_s(self) -> float | None:
+        """Of the last ping that came back."""
+        return self._liveness.rtt_s
+
     def get_remote_address(self) -> tuple[str, int] | None:
         """Address and port of the peer."""
         return self._session.get_remote_address()
@@ -122,17 +135,19 @@ class Muxer(IMuxedConn):
 
     async def start(self) -> None:
         """Run until the connection ends; never raises but for cancellation."""
-        now = trio.current_time()
-        self.last_received = now
-        self._opens = TokenBucket(self._limits.opens_per_s, self._limits.opens_burst, now)
+        self.last_received = trio.current_time()
+        self._liveness.begin(self.last_received)
         try:
             async with trio.open_nursery() as nursery:
                 self._scope = nursery.cancel_scope
                 nursery.start_soon(self._end_with, self._write_loop)
-                nursery.start_soon(self._end_with, self._ping_loop)
+                if self._keeper is not None:
+                    self._keeper.add(self)
                 self.event_started.set()
                 await self._end_with(self._read_loop)
         finally:
+            if self._keeper is not None:
+                self._keeper.discard(self)
             with trio.CancelScope(shield=True), trio.move_on_after(1):
                 await self._end()
 
@@ -140,21 +155,20 @@ class Muxer(IMuxedConn):
         """Run one of the loops; whichever ends, ends the connection."""
         try:
             await loop()
+        except ProtocolViolation as error:
+            self.violation = self.violation or error
+            log.debug("connection with %s ends: %s", self.peer_id, error)
         except Exception as error:  # noqa: BLE001  (the edge: a peer's bytes end its connection, nothing else)
             log.debug("connection with %s ends: %r", self.peer_id, error)
-            if isinstance(error, ProtocolViolation | NotAuthentic):
-                self.violation = error
-        assert self._scope is not None
-        self._scope.cancel()
+        self.abort()
 
     async def _end(self) -> None:
         self._ended = True
-        self._accept_send.close()
+        if self._accepted is not None:
+            self._accepted[0].close()
+        self._outbox.close()
         for stream in list(self._streams.values()):
             stream.end_with_connection()
-        self._queue.clear()
-        if self._queue_drained is not None:
-            self._queue_drained.set()
         try:
             await self._session.close()
         except Exception as error:  # noqa: BLE001  (the socket may be gone already)
@@ -165,11 +179,10 @@ class Muxer(IMuxedConn):
         """Say goodbye, give it a moment to leave, and end the connection."""
         if self._scope is None or self._ended:
             return
-        self.enqueue(HEADER.pack(0, GO_AWAY, 0, 0, 0))
-        with trio.move_on_after(0.2):
-            while self._queue and not self._ended:
-                self._queue_drained = self._queue_drained or trio.Event()
-                await self._queue_drained.wait()
+        with trio.move_on_after(_GOODBYE_S):
+            await self._outbox.emptied()
+            self.enqueue(HEADER.pack(0, GO_AWAY, 0, 0, 0))
+            await self._outbox.emptied()
         self._scope.cancel()
         with trio.move_on_after(2):
             await self.event_closed.wait()
@@ -179,98 +192,81 @@ class Muxer(IMuxedConn):
         if self._scope is not None:
             self._scope.cancel()
 
+    def tend(self, now: float) -> None:
+        """Called by the keeper every now and then: ping a silent peer, give up a dead one."""
+        verdict = self._liveness.look(now, self.last_received)
+        if verdict is not None:
+            log.debug("connection with %s ends: %s", self.peer_id, verdict)
+            self.abort()
+            return
+        ping = self._liveness.ping_due(now, self.last_received)
+        if ping is not None:
+            self.enqueue(HEADER.pack(0, PING, SYN, 0, ping))
+        for stream in [stream for stream in self._lingering if stream.expired(now)]:
+            stream.reset_nowait()
+
     # -- sending ------------------------------------------------------------------------------------------------------
 
-    def enqueue(self, *parts: bytes | memoryview) -> None:
-        """Queue bytes for the writer task."""
-        if self._ended:
-            return
-        for part in parts:
-            self._queue.append(part)
-            self._queued_bytes += len(part)
-        if self._queue_filled is not None:
-            self._queue_filled.set()
-            self._queue_filled = None
+    def enqueue(self, frame: bytes) -> None:
+        """Send a control frame, ahead of all data."""
+        self._outbox.control(frame)
+
+    def schedule(self, stream: MuxedStream, size: int) -> None:
+        """`stream` has `size` bytes more, or its end, to send."""
+        self._outbox.add(stream, size)
+
+    def unschedule(self, size: int) -> None:
+        """A stream dropped so much of what it had to send."""
+        self._outbox.remove(size)
 
     @property
-    def congested(self) -> bool:
-        """More than enough is queued, or the connection has ended."""
-        return self._queued_bytes > _QUEUED_BYTES or self._ended
+    def crowded(self) -> bool:
+        """So much is queued that streams with something queued have to wait."""
+        return self._outbox.crowded
 
-    async def drained(self) -> None:
-        """Wait while more than enough is queued."""
-        while self._queued_bytes > _QUEUED_BYTES and not self._ended:
-            if self._queue_drained is None:
-                self._queue_drained = trio.Event()
-            await self._queue_drained.wait()
+    def wake_when_uncrowded(self, stream: MuxedStream) -> None:
+        """Let the stream's writer look again when less is queued."""
+        self._outbox.waiting.add(stream)
 
     async def _write_loop(self) -> None:
+        outbox, session, liveness = self._outbox, self._session, self._liveness
         while True:
-            if not self._queue:
-                self._queue_filled = trio.Event()
-                await self._queue_filled.wait()
-            batch, self._queue, size, self._queued_bytes = self._queue, [], self._queued_bytes, 0
-            await self._session.write(b"".join(batch))
-            self.sent_bytes += size
-            if self._queue_drained is not None:
-                self._queue_drained.set()
-                self._queue_drained = None
-
-    async def _ping_loop(self) -> None:
-        interval_s = self._limits.keepalive_s
-        while True:
-            planned = trio.current_time() + interval_s
-            await trio.sleep_until(planned)
-            now = trio.current_time()
-            we_were_busy = now - planned > interval_s / 2  # then what the peer sent has not been read yet
-            silent_s = now - self.last_received
-            if silent_s > 2.5 * interval_s and not we_were_busy:  # seen when the third ping is due
-                raise ConnectionOver(f"silent for {silent_s:.0f} s")
-            for stream in [stream for stream in self._streams.values() if stream.expired(now)]:
-                stream.reset_nowait()
-            self._ping_id = (self._ping_id + 1) & 0xFFFFFFFF
-            self._ping_sent = now
-            self.enqueue(HEADER.pack(0, PING, SYN, 0, self._ping_id))
+            data = await outbox.next_batch()
+            began = liveness.write_began = trio.current_time()
+            await session.write(data)
+            liveness.write_began = None
+            outbox.sent(len(data), trio.current_time() - began)
+            self.sent_bytes += len(data)
 
     # -- receiving ----------------------------------------------------------------------------------------------------
 
     async def _read_loop(self) -> None:
-        data = self._session.plaintext
+        session, parser = self._session, self._parser
+        now = trio.current_time()
+        frames = TokenBucket(self._limits.frames_per_s, self._limits.frames_per_s, now)
+        most = _FIRST_READ_BYTES
         while True:
-            used = self._read_frames(data)
-            if used:
-                del data[:used]
-            await self.drained()  # a peer that makes us answer but does not read is not read either
-            await self._session.fill()
-            self.last_received = trio.current_time()
+            data = await session.receive(most)
+            self.last_received = now = trio.current_time()
+            size = len(data)
+            self.received_bytes += size
+            before = parser.frames
+            self.feed(data)
+            data.release()
+            count = parser.frames - before
+            most = _DENSE_READ_BYTES if size < count * _DENSE_FRAME_BYTES else min(READ_BYTES, 2 * most)
+            debt_s = frames.take(count, now)
+            if debt_s:
+                await trio.sleep(min(debt_s, 1.0))
+            if self._outbox.control_congested:  # a peer that makes us answer but does not read is not read either
+                await self._outbox.control_sent()
 
-    _body_left = 0  # bytes of the current data frame that have not arrived
-    _body_stream: MuxedStream | None = None
-    _body_flags = 0
+    def feed(self, data: memoryview) -> None:
+        """Act on bytes of the peer; raises ProtocolViolation and ConnectionOver, and nothing else."""
+        self._parser.feed(data)
 
-    def _read_frames(self, data: bytearray) -> int:
-        """Act on all that has arrived; the number of bytes used."""
-        offset, size = 0, len(data)
-        while True:
-            if self._body_left:
-                part = min(self._body_left, size - offset)
-                if part and self._body_stream is not None:
-                    self._body_stream.accept_data(data[offset : offset + part])
-                offset += part
-                self._body_left -= part
-                if self._body_left:
-                    break
-                self._finish_flags(self._body_stream, self._body_flags)
-            if size - offset < 12:
-                break
-            self._read_header(*HEADER.unpack_from(data, offset))
-            offset += 12
-        self.received_bytes += offset
-        return offset
-
-    def _read_header(self, version: int, kind: int, flags: int, stream_id: int, length: int) -> None:
-        if version != 0 or kind > GO_AWAY:
-            raise ProtocolViolation(f"frame of version {version} and type {kind}")
+    def on_frame(self, kind: int, flags: int, stream_id: int, length: int) -> None:
+        """A header has arrived; raises ProtocolViolation."""
         if kind == PING:
             self._on_ping(flags, length)
         elif kind == GO_AWAY:
@@ -282,17 +278,23 @@ class Muxer(IMuxedConn):
                     stream.spend_credit(length)
                 elif length > LARGEST_WINDOW:
                     raise ProtocolViolation("data beyond any window")
-                self._body_left, self._body_stream, self._body_flags = length, stream, flags
-                if not length:
-                    self._finish_flags(stream, flags)
+                self._body_stream, self._body_flags = stream, flags
             elif stream is not None:
                 if length:
                     stream.add_allowance(length)
                 self._finish_flags(stream, flags)
 
-    def _finish_flags(self, stream: MuxedStream | None, flags: int) -> None:
-        if stream is None:
-            return
+    def on_body(self, body: memoryview) -> None:
+        """Part of the body of the last data frame."""
+        if self._body_stream is not None:
+            self._body_stream.accept_data(body)
+
+    def on_body_end(self) -> None:
+        """The last data frame is complete."""
+        if self._body_stream is not None:
+            self._finish_flags(self._body_stream, self._body_flags)
+
+    def _finish_flags(self, stream: MuxedStream, flags: int) -> None:
         if flags & RST:
             stream.end_reset()
         elif flags & FIN:
@@ -300,9 +302,9 @@ class Muxer(IMuxedConn):
 
     def _on_ping(self, flags: int, value: int) -> None:
         if flags & SYN:
-            self.enqueue(HEADER.pack(0, PING, ACK, 0, value))
-        elif flags & ACK and value == self._ping_id:
-            self.rtt_s = trio.current_time() - self._ping_sent
+            self._outbox.pong(HEADER.pack(0, PING, ACK, 0, value))
+        elif flags & ACK:
+            self._liveness.on_pong(value, trio.current_time())
 
     # -- streams ------------------------------------------------------------------------------------------------------
 
@@ -310,21 +312,30 @@ class Muxer(IMuxedConn):
         """A stream that the peer opens; None, and a reset, when it may not."""
         if stream_id == 0 or (stream_id & 1) == (self._next_id & 1) or stream_id in self._streams:
             raise ProtocolViolation(f"stream id {stream_id} is not the peer's to open")
-        assert self._opens is not None
-        allowed = self._opens.try_take(1, trio.current_time())
+        allowed = self._opens.try_take(1, self.last_received)
         if not allowed or self._inbound >= self._limits.streams_per_connection:
             self.enqueue(HEADER.pack(0, WINDOW, RST, stream_id, 0))
             return None
-        stream = MuxedStream(self, stream_id)
-        try:
-            self._accept_send.send_nowait(stream)
-        except (trio.WouldBlock, trio.BrokenResourceError):
-            self.enqueue(HEADER.pack(0, WINDOW, RST, stream_id, 0))
-            return None
-        self._streams[stream_id] = stream
+        self._streams[stream_id] = stream = MuxedStream(self, stream_id)
         self._inbound += 1
         self.enqueue(HEADER.pack(0, WINDOW, ACK, stream_id, 0))
+        if self.on_stream is not None:
+            self.on_stream(stream)
+        else:
+            self._offer(stream)
         return stream
+
+    def _offer(self, stream: MuxedStream) -> None:
+        try:
+            self._accept_channel()[0].send_nowait(stream)
+        except (trio.WouldBlock, trio.BrokenResourceError):
+            stream.reset_nowait()
+
+    def _accept_channel(self) -> tuple[trio.MemorySendChannel[MuxedStream], trio.MemoryReceiveChannel[MuxedStream]]:
+        if self._accepted is None:
+            send, receive = trio.open_memory_channel[MuxedStream](self._limits.streams_per_connection)
+            self._accepted = (send, receive)
+        return self._accepted
 
     def grow(self, size: int) -> int:
         """How much of `size` a stream's window may grow."""
@@ -332,8 +343,14 @@ class Muxer(IMuxedConn):
         self._growth_left -= granted
         return granted
 
+    def linger(self, stream: MuxedStream) -> None:
+        """We closed the stream, the peer has not."""
+        if stream.stream_id in self._streams:
+            self._lingering.add(stream)
+
     def forget(self, stream: MuxedStream) -> None:
         """Both sides are done with the stream."""
+        self._lingering.discard(stream)
         known = self._streams.pop(stream.stream_id, None)
         if known is not None:
             self._growth_left += stream.grown
@@ -376,7 +393,9 @@ class Muxer(IMuxedConn):
 
     async def accept_stream(self) -> MuxedStream:
         """The next stream that the peer opened; raises MuxedConnUnavailable at the end of the connection."""
+        if self._ended:
+            raise MuxedConnUnavailable("the connection has ended")
         try:
-            return await self._accept_receive.receive()
+            return await self._accept_channel()[1].receive()
         except trio.EndOfChannel:
             raise MuxedConnUnavailable("the connection has ended") from None

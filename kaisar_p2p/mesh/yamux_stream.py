@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import struct
+from collections import deque
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -11,6 +11,19 @@ from typing import TYPE_CHECKING
 import trio
 
 from kaisar_p2p.mesh import compat as _compat  # noqa: F401  (before libp2p)
+from kaisar_p2p.mesh.yamux_frames import (
+    DATA,
+    FIN,
+    FIRST_WINDOW,
+    FRAME_BYTES,
+    HEADER,
+    HEADER_BYTES,
+    LARGEST_WINDOW,
+    RST,
+    WINDOW,
+    ConnectionOver,
+    ProtocolViolation,
+)
 
 from libp2p.abc import IMuxedStream  # isort: skip
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError, MuxedStreamReset  # isort: skip
@@ -20,22 +33,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-HEADER = struct.Struct("!BBHII")  # version, type, flags, stream id, length
-DATA, WINDOW, PING, GO_AWAY = 0, 1, 2, 3
-SYN, ACK, FIN, RST = 1, 2, 4, 8
-FIRST_WINDOW = 256 * 1024  # given to every stream by the specification
-LARGEST_WINDOW = 1024 * 1024  # grown to while the reader keeps up
-FRAME_BYTES = 64 * 1024 - 1
+__all__ = ["FRAME_BYTES", "ConnectionOver", "MuxedStream", "ProtocolViolation", "ReceivedBytes"]
+
+_QUEUE_BYTES = 256 * 1024  # written to a stream and not sent: a writer waits above this
+_SMALL_QUEUE = 4 * 1024  # that a stream may have even when its connection is crowded
+_NOWAIT_QUEUE = 64 * 1024  # above this, `write_nowait` leaves it to its caller what goes first
+_SMALL_PIECE = 4 * 1024  # received pieces below this share memory: many tiny frames cost no more than their bytes
+_SHARED_PIECE = 32 * 1024
 _SMALL_BACKLOG = 64 * 1024  # a stream with less is not the one to blame when memory runs short
 _LINGER_S = 30.0  # a stream that we closed and the peer did not
-
-
-class ProtocolViolation(Exception):
-    """The peer broke yamux; its connection ends, and its account is charged."""
-
-
-class ConnectionOver(Exception):
-    """The connection ends, and nobody is to blame."""
 
 
 @dataclass
@@ -58,11 +64,16 @@ class MuxedStream(IMuxedStream):
         self.muxed_conn = connection
         self.stream_id = stream_id
         self._connection = connection
-        self._received = bytearray()
+        self._received: deque[bytes | bytearray | memoryview] = deque()
+        self._received_bytes = 0
+        self._outgoing: deque[bytes | memoryview] = deque()
+        self.outgoing_bytes = 0  # written, not sent yet
+        self.scheduled = False  # waits for its turn to send
         self._window = FIRST_WINDOW  # size of the receive window
         self._credit = FIRST_WINDOW  # what the peer may still send
         self._allowance = FIRST_WINDOW  # what we may still send
         self._eof = self._was_reset = self._closed = False
+        self._fin_due = False  # follows what is outgoing
         self._counted = True  # in the node's bytes held
         self._discard_until: float | None = None
         self.waiting_since = 0.0  # trio time at which the oldest byte of the last read had arrived
@@ -75,12 +86,13 @@ class MuxedStream(IMuxedStream):
         """What the receive window has grown since the stream was opened."""
         return self._window - FIRST_WINDOW
 
+    # -- reading ------------------------------------------------------------------------------------------------------
+
     async def read(self, n: int | None = None) -> bytes:
         """Some bytes, at most `n`; raises MuxedStreamEOF at the end and MuxedStreamReset after a reset."""
-        received = self._received
-        if received:
+        if self._received:
             await trio.lowlevel.checkpoint_if_cancelled()
-        while not received:
+        while not self._received:
             if self._was_reset:
                 raise MuxedStreamReset("the stream was reset")
             if self._eof or self._discard_until is not None:
@@ -88,62 +100,139 @@ class MuxedStream(IMuxedStream):
             if self._readable is None:
                 self._readable = trio.Event()
             await self._readable.wait()
-        if n is None or n < 0 or n >= len(received):
-            data = bytes(received)
-            received.clear()
-        else:
-            data = bytes(received[:n])
-            del received[:n]
+        data = self._take_received(n)
         self._uncount(len(data))
         self._reopen_window()
         return data
 
+    def _take_received(self, n: int | None) -> bytes:
+        pieces = self._received
+        if n is None or n < 0 or n >= self._received_bytes:
+            data = bytes(pieces[0]) if len(pieces) == 1 else b"".join(pieces)
+            pieces.clear()
+        elif n < len(pieces[0]):
+            view = memoryview(pieces[0])
+            data = bytes(view[:n])
+            pieces[0] = view[n:]
+        else:
+            data = bytes(pieces.popleft())  # a short read: the next piece is copied when its turn comes
+        self._received_bytes -= len(data)
+        return data
+
+    def unread(self, data: bytes) -> None:
+        """Give back the end of what was read last."""
+        self._received.appendleft(data)
+        self._received_bytes += len(data)
+        self._uncount(-len(data))
+
     def _reopen_window(self) -> None:
         if self._eof or self._was_reset or self._discard_until is not None:
             return
-        used = self._window - self._credit - len(self._received)
+        used = self._window - self._credit - self._received_bytes
         if used >= self._window // 2:
             self._window += self._connection.grow(min(self._window, LARGEST_WINDOW - self._window))
-            more = self._window - self._credit - len(self._received)
+            more = self._window - self._credit - self._received_bytes
             self._credit += more
             self._connection.enqueue(HEADER.pack(0, WINDOW, 0, self.stream_id, more))
 
+    # -- writing ------------------------------------------------------------------------------------------------------
+
     async def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Send all of `data`, waiting for the peer's window; raises MuxedStreamError when the stream is over."""
+        """Send all of `data`; raises MuxedStreamError when the stream is over.
+
+        Returns when it is queued, and waits while the peer's window or our queue is full: what is written meanwhile
+        leaves in one frame.
+        """
         await trio.lowlevel.checkpoint_if_cancelled()
-        try:
-            self._write_lock.acquire_nowait()  # the awaited form gives way to other tasks even when it is free
-        except trio.WouldBlock:
-            await self._write_lock.acquire()
-        try:
-            view = memoryview(bytes(data))
+        size = len(data)
+        if 0 < size <= self._allowance and not self._closed and self._has_room() and not self._write_lock.locked():
+            self._queue(bytes(data))
+        else:
+            await self._write_in_parts(memoryview(bytes(data)))
+
+    async def _write_in_parts(self, view: memoryview) -> None:
+        async with self._write_lock:
             while view:
                 self._check_writable()
-                if self._allowance <= 0:
-                    await self._wait_for_window()
+                if self._allowance <= 0 or not self._has_room():
+                    await self._wait_until_writable()
                     continue
                 size = min(self._allowance, FRAME_BYTES, len(view))
-                self._allowance -= size
-                self._connection.enqueue(HEADER.pack(0, DATA, 0, self.stream_id, size), view[:size])
+                self._queue(view[:size])
                 view = view[size:]
-                await self._connection.drained()
             self._check_writable()
-        finally:
-            self._write_lock.release()
 
     def write_nowait(self, data: bytes) -> bool:
         """Send all of `data` if that needs no waiting; False, and nothing sent, otherwise."""
-        size = len(data)
         if (
-            size > min(self._allowance, FRAME_BYTES)
+            len(data) > self._allowance
             or self._closed
-            or self._connection.congested
+            or self.outgoing_bytes > _NOWAIT_QUEUE
+            or not self._has_room()
             or self._write_lock.locked()
         ):
             return False
-        self._allowance -= size
-        self._connection.enqueue(HEADER.pack(0, DATA, 0, self.stream_id, size), data)
+        self._queue(data)
         return True
+
+    def _has_room(self) -> bool:
+        mine = self.outgoing_bytes
+        return mine < _SMALL_QUEUE or (mine < _QUEUE_BYTES and not self._connection.crowded)
+
+    def _queue(self, data: bytes | memoryview) -> None:
+        size = len(data)
+        self._allowance -= size
+        self._outgoing.append(data)
+        self.outgoing_bytes += size
+        self._connection.schedule(self, size)
+
+    def take_outgoing(self, batch: list[bytes | memoryview], most: int) -> int:
+        """Move up to `most` bytes, and the end of the stream, to what is sent next; the bytes added to `batch`."""
+        size = min(most, self.outgoing_bytes)
+        added = 0
+        if size:
+            batch.append(HEADER.pack(0, DATA, 0, self.stream_id, size))
+            self._move_outgoing(batch, size)
+            added = HEADER_BYTES + size
+        if self._fin_due and not self._outgoing:
+            self._fin_due = False
+            batch.append(HEADER.pack(0, WINDOW, FIN, self.stream_id, 0))
+            added += HEADER_BYTES
+            if self._eof:
+                self._connection.forget(self)
+        if self._writable is not None and self.outgoing_bytes < _QUEUE_BYTES // 2:
+            self._wake_writer()
+        return added
+
+    def _move_outgoing(self, batch: list[bytes | memoryview], size: int) -> None:
+        outgoing, left = self._outgoing, size
+        while left:
+            part = outgoing.popleft()
+            if len(part) > left:
+                view = memoryview(part)
+                outgoing.appendleft(view[left:])
+                part = view[:left]
+            batch.append(part)
+            left -= len(part)
+        self.outgoing_bytes -= size
+
+    def _send_at_once(self) -> None:
+        self._fin_due = False
+        self._connection.unschedule(self.outgoing_bytes)
+        batch: list[bytes | memoryview] = []
+        self.take_outgoing(batch, self.outgoing_bytes)
+        self._connection.enqueue(b"".join(batch))
+
+    def _drop_outgoing(self) -> None:
+        self._connection.unschedule(self.outgoing_bytes)
+        self._outgoing.clear()
+        self.outgoing_bytes = 0
+        self._fin_due = False
+
+    @property
+    def has_outgoing(self) -> bool:
+        """There is something to send, if only the end."""
+        return self.outgoing_bytes > 0 or self._fin_due
 
     def _check_writable(self) -> None:
         if self._was_reset:
@@ -151,10 +240,19 @@ class MuxedStream(IMuxedStream):
         if self._closed:
             raise MuxedStreamError("the stream is closed for sending")
 
-    async def _wait_for_window(self) -> None:
+    async def _wait_until_writable(self) -> None:
         if self._writable is None:
             self._writable = trio.Event()
+        if self._connection.crowded:
+            self._connection.wake_when_uncrowded(self)
         await self._writable.wait()
+
+    def _wake_writer(self) -> None:
+        if self._writable is not None:
+            self._writable.set()
+            self._writable = None
+
+    # -- the end ------------------------------------------------------------------------------------------------------
 
     async def close_write(self) -> None:
         """Tell the peer that nothing more comes; reading goes on."""
@@ -163,16 +261,15 @@ class MuxedStream(IMuxedStream):
 
     def _send_fin(self) -> None:
         if not self._closed:
-            self._closed = True
-            self._connection.enqueue(HEADER.pack(0, WINDOW, FIN, self.stream_id, 0))
-            if self._eof:
-                self._connection.forget(self)
+            self._closed = self._fin_due = True
+            self._connection.schedule(self, 0)
 
     async def close(self) -> None:
         """Finish sending and read no more; the stream is gone when the peer has finished too, or `_LINGER_S` later."""
         self._send_fin()
         if not self._eof and not self._was_reset:
             self._discard_until = trio.current_time() + _LINGER_S
+            self._connection.linger(self)
         self._drop_received()
         self.wake()
         await trio.lowlevel.checkpoint()
@@ -184,7 +281,9 @@ class MuxedStream(IMuxedStream):
 
     def reset_nowait(self) -> None:
         """`reset` without a checkpoint."""
-        if not self._was_reset and not (self._closed and self._eof):
+        if not self._was_reset and not (self._closed and self._eof and not self._fin_due):
+            if 0 < self.outgoing_bytes <= _SMALL_QUEUE:  # an answer that says why, say
+                self._send_at_once()
             self._connection.enqueue(HEADER.pack(0, WINDOW, RST, self.stream_id, 0))
         self.end_reset()
         self._drop_received()
@@ -192,31 +291,44 @@ class MuxedStream(IMuxedStream):
     def end_reset(self) -> None:
         """The stream was reset, by either side or with its connection."""
         self._was_reset = self._closed = True
+        self._drop_outgoing()
         self._connection.forget(self)
         self.wake()
 
     def end_received(self) -> None:
         """The peer finished sending."""
         self._eof = True
-        if self._closed:
+        if self._closed and not self._fin_due:
             self._connection.forget(self)
         self.wake()
 
-    def accept_data(self, data: bytearray) -> None:
+    def accept_data(self, data: memoryview) -> None:
         """Bytes from the peer, already counted against its window."""
         if self._discard_until is not None or self._was_reset:
             return
         if not self._received:
             self.waiting_since = self._connection.last_received
-        self._received += data
+        self._keep(data)
         memory = self._connection.received
         memory.held += len(data)
-        if memory.too_many and len(self._received) > _SMALL_BACKLOG:
+        if memory.too_many and self._received_bytes > _SMALL_BACKLOG:
             log.warning("stream of %s reset: too much is waiting to be read", self._connection.peer_id)
             self.reset_nowait()
         if self._readable is not None:
             self._readable.set()
             self._readable = None
+
+    def _keep(self, data: memoryview) -> None:
+        pieces, size = self._received, len(data)
+        self._received_bytes += size
+        if size >= _SMALL_PIECE:
+            pieces.append(bytes(data))
+            return
+        last = pieces[-1] if pieces else None
+        if type(last) is bytearray and len(last) < _SHARED_PIECE:
+            last += data
+            return
+        pieces.append(bytearray(data))
 
     def spend_credit(self, size: int) -> None:
         """Count `size` bytes against what the peer may send."""
@@ -227,9 +339,7 @@ class MuxedStream(IMuxedStream):
     def add_allowance(self, size: int) -> None:
         """The peer can take `size` bytes more."""
         self._allowance = min(self._allowance + size, 1 << 32)
-        if self._writable is not None:
-            self._writable.set()
-            self._writable = None
+        self._wake_writer()
 
     def expired(self, now: float) -> bool:
         """We closed, the peer did not, and it has had its time."""
@@ -237,14 +347,15 @@ class MuxedStream(IMuxedStream):
 
     def wake(self) -> None:
         """Let waiting readers and writers look at the state again."""
-        for event in (self._readable, self._writable):
-            if event is not None:
-                event.set()
-        self._readable = self._writable = None
+        self._wake_writer()
+        if self._readable is not None:
+            self._readable.set()
+            self._readable = None
 
     def _drop_received(self) -> None:
-        self._uncount(len(self._received))
+        self._uncount(self._received_bytes)
         self._received.clear()
+        self._received_bytes = 0
 
     def _uncount(self, size: int) -> None:
         if self._counted:
@@ -252,7 +363,7 @@ class MuxedStream(IMuxedStream):
 
     def end_with_connection(self) -> None:
         """The connection is over: what has arrived can be read, but nobody waits for memory because of it."""
-        self._uncount(len(self._received))
+        self._uncount(self._received_bytes)
         self._counted = False
         self.end_reset()
 

@@ -102,10 +102,10 @@ async def test_garbage_instead_of_a_handshake(victim: Victim, number: int) -> No
     host, port = victim.mesh._network.bound[0].host, victim.mesh._network.bound[0].port
     for _ in range(3):
         tcp = await trio.open_tcp_stream(host, port)
-        await tcp.send_all(_first_bytes()[number])
-        await tcp.send_eof()
         with trio.fail_after(15):
             try:
+                await tcp.send_all(_first_bytes()[number])
+                await tcp.send_eof()
                 while await tcp.receive_some():
                     pass
             except trio.BrokenResourceError:

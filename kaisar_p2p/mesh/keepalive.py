@@ -1,0 +1,90 @@
+"""Finding out which peers are gone: one task for all connections of a node.
+
+A peer that we have not heard of for `keepalive_s` is pinged; one that stays silent for 2.5 times that, or that does not
+take what we send for `send_stall_s`, is dead. Whoever talks anyway is never pinged.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Protocol
+
+import trio
+
+_DEAD_AFTER = 2.5  # times keepalive_s
+_TICKS = 10  # in keepalive_s
+
+
+class Kept(Protocol):
+    """A connection that wants to be looked at."""
+
+    def tend(self, now: float) -> None:
+        """Do what is due at trio time `now`; raises nothing."""
+
+
+class Keeper:
+    """Looks at all connections of a node, ten times in `keepalive_s`."""
+
+    def __init__(self, keepalive_s: float) -> None:
+        self._tick_s = keepalive_s / _TICKS
+        self._kept: dict[Kept, None] = {}
+
+    def add(self, kept: Kept) -> None:
+        """Begin to look at a connection."""
+        self._kept[kept] = None
+
+    def discard(self, kept: Kept) -> None:
+        """Stop looking at it."""
+        self._kept.pop(kept, None)
+
+    async def run(self) -> None:
+        """Look at connections for ever."""
+        while True:
+            planned = trio.current_time() + self._tick_s
+            await trio.sleep_until(planned)
+            now = trio.current_time()
+            for kept in list(self._kept):
+                kept.tend(now)
+
+
+class Liveness:
+    """What one connection knows about its peer being alive. Times are trio's clock."""
+
+    def __init__(self, keepalive_s: float, stall_s: float) -> None:
+        self.rtt_s: float | None = None
+        self.write_began: float | None = None  # a write that has not returned
+        self._keepalive_s, self._stall_s = keepalive_s, stall_s
+        self._looked = self._excused_until = 0.0
+        self._ping_id, self._pinged = 0, 0.0
+
+    def begin(self, now: float) -> None:
+        """The connection begins."""
+        self._looked = self._excused_until = now
+        self._ping_id = secrets.randbits(32)
+        self._pinged = now - self._keepalive_s
+
+    def look(self, now: float, last_received: float) -> str | None:
+        """Why the peer is to be given up, or None."""
+        if now - self._looked > self._keepalive_s / 2:  # we were busy, or asleep: what it sent has not been read yet
+            self._excused_until = now + self._keepalive_s
+        self._looked = now
+        if now < self._excused_until:
+            return None
+        if now - last_received > _DEAD_AFTER * self._keepalive_s:
+            return f"silent for {now - last_received:.0f} s"
+        if self.write_began is not None and now - self.write_began > self._stall_s:
+            return f"has not taken what we sent for {self._stall_s:.0f} s"
+        return None
+
+    def ping_due(self, now: float, last_received: float) -> int | None:
+        """The value of a ping to send now, or None."""
+        if now - max(last_received, self._pinged) < self._keepalive_s:
+            return None
+        self._ping_id = (self._ping_id + 1) & 0xFFFFFFFF
+        self._pinged = now
+        return self._ping_id
+
+    def on_pong(self, value: int, now: float) -> None:
+        """A ping came back."""
+        if value == self._ping_id:
+            self.rtt_s = now - self._pinged
