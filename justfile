@@ -4,7 +4,7 @@ set shell := ["bash", "-euo", "pipefail", "-c"]
 set positional-arguments := true
 
 bin := ".venv/bin"
-elsewhere := "not slow and not swarm and not docker and not chain and not browser and not gpu"
+elsewhere := "not slow and not swarm and not docker and not chain and not browser and not gpu and not netns"
 
 # List the recipes
 [private]
@@ -76,8 +76,16 @@ test-swarm *args: setup
 test-docker *args: setup
     {{ bin }}/python -m pytest -m docker "$@" || { code=$?; [ $code -eq 5 ] && echo "No test is marked docker."; }
 
-# Search for counterexamples with many random inputs: just fuzz tests/kaisar_p2p/wire
+# Run the tests of NATs, relays and hole punching in network namespaces; skipped, with the reason, where that cannot be
+test-netns *args: setup
+    {{ bin }}/python -m pytest -m netns "$@"
+
+# Search for counterexamples with many random inputs: just fuzz tests/kaisar_p2p/wire; a million for the mesh: just fuzz mesh
 fuzz *args: setup
+    #!/usr/bin/env bash
+    set -euo pipefail
+    # `mesh` is a fuzzer of its own (--inputs, --seed, --target, --replay); a path is a set of hypothesis tests.
+    if [ "${1:-}" = mesh ]; then exec {{ bin }}/python -m tests.fuzz "${@:2}"; fi
     HYPOTHESIS_PROFILE=fuzz {{ bin }}/python -m pytest -m "{{ elsewhere }}" --hypothesis-show-statistics "$@"
 
 # Check the style
