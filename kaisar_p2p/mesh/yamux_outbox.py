@@ -98,13 +98,13 @@ class Outbox:
     async def emptied(self) -> None:
         """Wait until all has been handed to the system, or the connection is over."""
         while not self._closed and (self._writing or self._has_something):
-            self._emptied = self._emptied or trio.Event()
+            self._emptied = trio.Event() if self._emptied is None else self._emptied
             await self._emptied.wait()
 
     async def control_sent(self) -> None:
         """Wait until few control frames are left."""
         while self.control_congested and not self._closed:
-            self._control_gone = self._control_gone or trio.Event()
+            self._control_gone = trio.Event() if self._control_gone is None else self._control_gone
             await self._control_gone.wait()
 
     @property
