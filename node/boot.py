@@ -39,6 +39,7 @@ from node.roles.all import ROLES
 from node.store import NodeStore
 from node.topics import Switchboard
 from node.tunnels import TunnelClient, TunnelServer
+from protocols.adverts import MAX_ADDRS
 from protocols.deploy import TUNNEL_PROTOCOL
 from protocols.genesis import DOCUMENT_BYTES
 from protocols.lease_client import LeaseClientMachine
@@ -196,8 +197,9 @@ def _machines(node: Node, hardware: Hardware | None) -> tuple[list[Machine], Reg
     mask = roles_mask(roles)
     announce = "bootstrap" in roles
     onboarding = Onboarding(
-        keys, owner, mask, spec, node.config.provider.price_planck_per_hour, node.mesh.addrs, announce
+        keys, owner, mask, spec, node.config.provider.price_planck_per_hour, node.mesh.addrs[:MAX_ADDRS], announce
     )
+    node.mesh.on_addresses_changed = lambda: setattr(onboarding, "addrs", node.mesh.addrs[:MAX_ADDRS])
     onboarding.hold = "provider" in roles
     presence = Presence(keys, owner, mask, lambda: node.mesh.addrs, context.runtime)
     machines: list[Machine] = [

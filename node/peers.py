@@ -28,7 +28,7 @@ class PeerKeeper:
         self._records: Map[bytes, tuple[str, ...]] | None = None
         self._kept: set[bytes] = set()
         for addr in join:
-            mesh.keep_connected(peer_of(addr)[0], (addr,))
+            mesh.keep_connected(peer_of(addr)[0], (addr,), asked_for=True)
 
     def step(self, event: Event, now: float) -> list[Action]:
         """New bootstrap records and adverts."""

@@ -125,6 +125,15 @@ def role_names(bits: int) -> list[str]:
     return [name for bit, name in ROLE_BITS if bits & bit]
 
 
+def peer_roles(state: State, key: bytes) -> list[str]:
+    """What a machine does; one with a bootstrap record introduces peers, and is bound as a client if that is all."""
+    machine = state.machines.get(key)
+    names = role_names(machine.roles) if machine is not None else []
+    if key not in state.bootstrap:
+        return names
+    return ["bootstrap", *(names if names != ["client"] else [])]
+
+
 # ── workers and their checks ─────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -13,6 +13,8 @@ from kaisar_p2p.wire.verdict import Verdict
 if TYPE_CHECKING:
     from protocols.interpreter.state import State
 
+MAX_ADDRS = 8
+"""Addresses in an advert, and in a bootstrap record."""
 GPU_CLASS, CPU_CLASS, MOBILE_CLASS = range(1, 4)
 
 
@@ -39,7 +41,7 @@ class WorkerAdvert:
     worker: Bytes32
     owner: Bytes32
     issued_ms: U64
-    addrs: Annotated[tuple[Text256, ...], Count(8)]
+    addrs: Annotated[tuple[Text256, ...], Count(MAX_ADDRS)]
     spec: Spec
     free: Spec
     price_planck_per_hour: Planck

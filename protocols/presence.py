@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from kaisar_p2p.wire.crypto import KeyPair
 from kaisar_p2p.wire.envelope import seal
 from protocols.actions import Action, BlockApplied, Event, Publish, Wake
-from protocols.adverts import Heartbeat, Spec, WorkerAdvert
+from protocols.adverts import MAX_ADDRS, Heartbeat, Spec, WorkerAdvert
 from protocols.interpreter.state import ORDER_OPEN, RETIRED, State
 from protocols.params import PERMILLE
 
@@ -31,7 +31,8 @@ def free_of(state: State, worker: bytes, spec: Spec) -> Spec:
 
 @dataclass
 class Presence:
-    """Publishes at start and every `advert_interval_ms`, and at once when the worker's state on the ledger changes."""
+    """Publishes at start and every `advert_interval_ms`, and with the next block when the worker's state on the ledger
+    or its addresses have changed."""
 
     keys: KeyPair
     owner: bytes
@@ -40,7 +41,7 @@ class Presence:
     runtime: str = ""
     deadline: float | None = None
     _state: State | None = None
-    _published: tuple[int, int] | None = None
+    _published: tuple[int, int, tuple[str, ...]] | None = None
 
     def step(self, event: Event, now: float) -> list[Action]:
         """Blocks and the timer drive it."""
@@ -54,9 +55,9 @@ class Presence:
             return self._publish(self._state, now)
         return []
 
-    def _situation(self, state: State) -> tuple[int, int]:
+    def _situation(self, state: State) -> tuple[int, int, tuple[str, ...]]:
         worker = state.workers.get(self.keys.public_key)
-        return (worker.status if worker else 0, self._leases(state))
+        return (worker.status if worker else 0, self._leases(state), self.addrs()[:MAX_ADDRS] if worker else ())
 
     def _leases(self, state: State) -> int:
         mine = self.keys.public_key
@@ -77,7 +78,7 @@ class Presence:
             worker=self.keys.public_key,
             owner=self.owner,
             issued_ms=issued_ms,
-            addrs=self.addrs()[:8],
+            addrs=self.addrs()[:MAX_ADDRS],
             spec=worker.spec,
             free=free,
             price_planck_per_hour=worker.price_planck_per_hour,

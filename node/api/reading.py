@@ -86,7 +86,7 @@ class Reading:
             [
                 {
                     "key": peer.key.hex(),
-                    "roles": views.role_names(machine.roles) if (machine := state.machines.get(peer.key)) else [],
+                    "roles": views.peer_roles(state, peer.key),
                     "addresses": list(peer.addresses),
                     "direction": "in" if peer.inbound else "out",
                     "connected_s": int(now - peer.connected_since),

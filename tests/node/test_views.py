@@ -14,7 +14,8 @@ from kaisar_p2p.wire.money import kai_to_planck
 from node import views
 from node.store import NodeEvent
 from protocols.deploy import CANCELLED, COMPLETED, DEGRADED, ENDED, FAILED, OPEN, RUNNING, LeaseEvent
-from protocols.interpreter.state import ORDER_CLOSED
+from protocols.interpreter import calls
+from protocols.interpreter.state import ORDER_CLOSED, MachineState
 from protocols.lease_client import ClientLease
 from protocols.orders import Workload
 from protocols.params import KAI
@@ -52,6 +53,23 @@ def _check_amounts(value: object) -> None:
             _check_amounts(item)
             if name.endswith("_kai"):
                 assert str(kai_to_planck(item)) == value[name.removesuffix("_kai") + "_planck"]
+
+
+@pytest.mark.parametrize(
+    ("roles", "announced", "named"),
+    [
+        (calls.CLIENT, True, ["bootstrap"]),
+        (calls.CLIENT, False, ["client"]),
+        (calls.PROVIDER, True, ["bootstrap", "provider"]),
+        (None, True, ["bootstrap"]),
+        (None, False, []),
+    ],
+)
+def test_who_introduces_peers_is_named_so(state: Any, roles: int | None, announced: bool, named: list[str]) -> None:
+    key = b"\x77" * 32
+    machines = state.machines if roles is None else state.machines.set(key, MachineState(OWNER, roles, 1))
+    bootstrap = Map({key: ("/ip4/192.0.2.1/tcp/4001",)}) if announced else Map()
+    assert views.peer_roles(replace(state, machines=machines, bootstrap=bootstrap), key) == named
 
 
 def test_an_account_that_was_never_seen_has_nothing(state: Any) -> None:

@@ -131,6 +131,16 @@ def test_a_change_on_the_ledger_is_told_at_once(before: State, after: State) -> 
     assert machine.step(BlockApplied(after, ()), NOW + 1.0) == []
 
 
+def test_other_addresses_are_told_with_the_next_block() -> None:
+    addrs = [ADDRS]
+    machine = Presence(KEYS, OWNER, PROVIDER, lambda: addrs[0], "process")
+    state = state_with(ACTIVE)
+    assert machine.step(BlockApplied(state, ()), NOW)
+    addrs[0] = ("/ip4/192.0.2.77/tcp/4001",)
+    assert told(machine.step(BlockApplied(state, ()), NOW + 0.5), state, NOW + 0.5)["advert"].addrs == addrs[0]
+    assert machine.step(BlockApplied(state, ()), NOW + 1.0) == []
+
+
 def test_the_orders_of_others_change_nothing() -> None:
     machine = presence()
     assert machine.step(BlockApplied(state_with(), ()), NOW)

@@ -107,7 +107,7 @@ class Book:
         self.kept: list[tuple[bytes, tuple[str, ...]]] = []
         self.added: list[tuple[bytes, tuple[str, ...]]] = []
 
-    def keep_connected(self, key: bytes, addrs: tuple[str, ...]) -> None:
+    def keep_connected(self, key: bytes, addrs: tuple[str, ...], *, asked_for: bool = False) -> None:
         self.kept.append((key, addrs))
 
     def add_addresses(self, key: bytes, addrs: tuple[str, ...]) -> None:
