@@ -110,7 +110,7 @@ class Mesh:
         rng = random.Random(secrets.randbits(128))
         self.key = bytes(signing_key.verify_key)
         self.config = config
-        self._network = Network(key_pair_of(seed), config.limits)
+        self._network = Network(key_pair_of(seed), config.limits, config.pre_shared_key)
         self._kept: set[bytes] = set()
         self._reputation = Conduct(self._network, self._kept.__contains__).reputation
         self._remembered = Remembered(self._reputation, memory)

@@ -34,10 +34,13 @@ class Lab:
         self._nursery = nursery
         self._scopes: dict[bytes, tuple[trio.CancelScope, trio.Event]] = {}
 
-    async def mesh(self, seed: bytes | None = None, *, port: int = 0, **limits: object) -> Mesh:
+    async def mesh(
+        self, seed: bytes | None = None, *, port: int = 0, key: bytes | None = None, **limits: object
+    ) -> Mesh:
         config = MeshConfig(
             listen=(f"/ip4/127.0.0.1/tcp/{port}",),
             network="test",
+            pre_shared_key=key,
             limits=replace(FAST, **limits),  # type: ignore[arg-type]
         )
         return await self._nursery.start(self._run, config, seed or os.urandom(32))
