@@ -1,6 +1,6 @@
 """Peers that use a mesh node as peers of every kind do, well and badly; `benchmarks.soak` starts this in processes.
 
-`python -m benchmarks.mesh_load cycles KEY ADDRESS COUNT` connects COUNT times, from `COUNT / 4` identities: identify,
+`python -m benchmarks.mesh_load cycles KEY ADDRESS COUNT` connects COUNT times, from `COUNT / 20` identities: identify,
 ping, request, gossip, and away, every second time without a goodbye. `... mixed KEY ADDRESS SECONDS` is half an hour of
 everybody's day. Both print a line of JSON now and then: cycles done, failures, round trips of requests.
 """
@@ -163,7 +163,7 @@ async def cycles(target: Target, count: int) -> None:
 
     async def work() -> None:
         for number in numbers:
-            await _cycle(target, number, max(1, count // 4), progress)
+            await _cycle(target, number, max(1, count // 20), progress)
 
     await _reported(progress, [work] * _AT_A_TIME)
 

@@ -7,7 +7,9 @@ answers commands, one JSON object a line on standard input, with one line each o
 * ``{"do": "connect", "key": hex, "addresses": [...]}``: stay connected with a peer;
 * ``{"do": "probe", "peers": [hex], "interval_s": x}``: from now on ask these peers, and publish, at this interval;
 * ``{"do": "latencies"}``: the round trips of the probes and the gossip delays since the last question, seconds;
-* ``{"do": "call", "name": ..}``: see `Subject.calls`.
+* ``{"do": "publish", "topic": name, "data": hex}``, and ``pause`` and ``resume`` of our own reading of a topic.
+
+Options: `listen`, `seed` (hex), `limits` (fields of MeshLimits), `clock_offset_s` (a wrong clock).
 
 It serves ``/echo`` (one frame back), ``/sink`` (reads everything), ``/slow`` (never answers) and ``/fails`` (raises),
 and subscribes to the topics of a node.
@@ -15,7 +17,6 @@ and subscribes to the topics of a node.
 
 from __future__ import annotations
 
-import gc
 import inspect
 import json
 import logging
@@ -102,6 +103,7 @@ class Subject:
         self._mesh, self._nursery = mesh, nursery
         self._probe = Probe(mesh)
         self.received = dict.fromkeys(TOPICS, 0)
+        self._open: dict[str, trio.Event] = {}  # set when a paused topic is read again
         self._serve_and_subscribe()
 
     def _serve_and_subscribe(self) -> None:
@@ -116,6 +118,8 @@ class Subject:
 
     async def _receive(self, name: str, channel: trio.MemoryReceiveChannel[GossipMessage]) -> None:
         async for message in channel:
+            if name in self._open:
+                await self._open[name].wait()
             self.received[name] += 1
             if name == "certificate":
                 self._probe.note(message)
@@ -135,8 +139,10 @@ class Subject:
             case "publish":
                 data = bytes.fromhex(command["data"])
                 self._nursery.start_soon(self._mesh.publish, command["topic"], data)
-            case "collect":
-                return {"unreachable": gc.collect()}
+            case "pause":  # a consumer that is slow
+                self._open[command["topic"]] = trio.Event()
+            case "resume":
+                self._open.pop(command["topic"]).set()
             case unknown:
                 return {"error": f"unknown command {unknown!r}"}
         return {}
@@ -195,6 +201,13 @@ async def _fails(stream: MeshStream) -> None:
     raise RuntimeError("a bug in a handler")
 
 
+def _turn_clock(offset_s: float) -> None:
+    """What a process on a machine with a wrong clock sees."""
+    now, now_ns = time.time, time.time_ns
+    time.time = lambda: now() + offset_s
+    time.time_ns = lambda: now_ns() + int(offset_s * 1e9)
+
+
 async def _run(options: Mapping[str, Any]) -> None:
     limits = replace(MeshLimits(), **options.get("limits", {}))
     listen = tuple(options.get("listen", ("/ip4/127.0.0.1/tcp/0",)))
@@ -229,6 +242,7 @@ def main() -> None:
     """Run until standard input ends."""
     logging.basicConfig(level=logging.ERROR, stream=sys.stderr)
     options = json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}
+    _turn_clock(options.get("clock_offset_s", 0.0))
     try:
         trio.run(_run, options)
     except* KeyboardInterrupt:

@@ -3,7 +3,7 @@
 One node in its own process; others connect `cycles` times (identify, ping, request, gossip; half of them leave without
 a goodbye, some are garbage), then use it for `minutes` as a swarm does. Its resident memory, open files and tasks are
 sampled from outside; the slope is a least-squares line over what comes after the warm-up, the first half of the cycles
-(each of the identities has come twice by then, so caches are full) and the first quarter of the minutes.
+(every identity has come ten times by then, so caches are full) and the first quarter of the minutes.
 
 It is flat, and the exit code 0, when nothing failed and
 
