@@ -41,7 +41,8 @@ PARSED = 2 * QUEUE
 
 @dataclass(frozen=True)
 class Topic:
-    """`heavy` messages carry many signatures and are checked in a worker thread.
+    """`heavy` messages carry many signatures and are checked in a worker thread. When the mesh cannot keep up, topics
+    of a higher `priority` number wait and give way: what settles money 0, what keeps others honest 1, the rest 2.
 
     Of one subject (`subject_of`), `burst` messages are accepted and forwarded, then `rate_per_s`: what its author can
     sign without end would otherwise fill every link of the network.
@@ -50,6 +51,7 @@ class Topic:
     validate: Validate
     lane: Lane
     heavy: bool = False
+    priority: int = 2
     rate_per_s: float = 10.0
     burst: int = 10_000
 
@@ -57,11 +59,11 @@ class Topic:
 TOPICS: dict[str, Topic] = {
     "advert": Topic(validate_advert, Lane.ADVERT, rate_per_s=1.0, burst=30),
     "heartbeat": Topic(validate_heartbeat, Lane.ADVERT, rate_per_s=1.0, burst=30),
-    "assignment": Topic(validate_assignment, Lane.ADVERT, burst=300),
-    "certificate": Topic(validate_certificate, Lane.CERTIFICATE, heavy=True),
-    "evidence": Topic(validate_evidence, Lane.EPOCH, heavy=True, rate_per_s=0.1, burst=100),
-    "epoch": Topic(validate_epoch, Lane.EPOCH, rate_per_s=2.0, burst=60),
-    "lease": Topic(validate_lease, Lane.LEASE, heavy=True, burst=600),
+    "assignment": Topic(validate_assignment, Lane.ADVERT, priority=1, burst=300),
+    "certificate": Topic(validate_certificate, Lane.CERTIFICATE, heavy=True, priority=0),
+    "evidence": Topic(validate_evidence, Lane.EPOCH, heavy=True, priority=1, rate_per_s=0.1, burst=100),
+    "epoch": Topic(validate_epoch, Lane.EPOCH, priority=0, rate_per_s=2.0, burst=60),
+    "lease": Topic(validate_lease, Lane.LEASE, heavy=True, priority=0, burst=600),
 }
 VARIANTS, VARIANTS_PER_S = 12, 0.02
 """Certificates on one core: half a dozen aggregators may make one each, but any T of their signatures are another."""
@@ -126,7 +128,9 @@ class Switchboard:
         """Until cancelled; started once all topics are subscribed."""
         async with trio.open_nursery() as nursery:
             for name, topic in TOPICS.items():
-                channel = mesh.subscribe(name, self._validator(name, topic), queue=QUEUE, heavy=topic.heavy)
+                channel = mesh.subscribe(
+                    name, self._validator(name, topic), queue=QUEUE, heavy=topic.heavy, priority=topic.priority
+                )
                 nursery.start_soon(self._deliver, name, topic, channel)
             task_status.started()
 

@@ -1,86 +1,108 @@
-"""What gossip keeps for each peer that it writes to, and which messages it has seen."""
+"""What gossip keeps for each peer that it writes to."""
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 
 import trio
 
+from kaisar_p2p.mesh import gossip_wire as wire
+from kaisar_p2p.mesh.gossip_queues import PRIORITIES
 from kaisar_p2p.mesh.limits import MeshLimits, TokenBucket
-from kaisar_p2p.mesh.yamux_stream import MuxedStream
+from kaisar_p2p.mesh.yamux_stream import FRAME_BYTES, MuxedStream
 
-WRITE_BYTES = 64 * 1024  # written, and read, at once
 _CONTROL_FRAMES = 128  # waiting for one peer
+_LENGTH_BYTES = 3  # of a frame that fits a batch
 
 
 class Link:
-    """What waits to be sent to one peer. Control goes first; of messages the oldest give way."""
+    """What waits to be sent to one peer. Control goes first, then the more important messages; when too much waits,
+    the oldest of the least important give way.
 
-    def __init__(self, limits: MeshLimits, now: float) -> None:
+    `flush` sends what it can at once; what has to wait for the peer is left in `unsent` for the peer's task.
+    """
+
+    def __init__(self, limits: MeshLimits, now: float, dropped: Counter[tuple[str, int]]) -> None:
         self.messages_bucket = TokenBucket(limits.messages_per_s, limits.messages_burst, now)
         self.bytes_bucket = TokenBucket(limits.bytes_per_s, limits.bytes_burst, now)
         self.inbound_streams = 0
         self.sending: trio.CancelScope | None = None
         self.stream: MuxedStream | None = None  # open and announced
-        self.dropped = 0
+        self.unsent = b""
+        self._stuck = trio.Event()  # there is something in `unsent`
         self._limits = limits
+        self._dropped = dropped  # by topic and priority
         self._control: deque[bytes] = deque()
-        self._messages: deque[bytes] = deque()
-        self._message_bytes = 0
-        self._filled = trio.Event()
+        self._messages: list[OrderedDict[bytes, tuple[str, bytes]]] = [OrderedDict() for _ in range(PRIORITIES)]
+        self._count = self._bytes = 0
 
-    def push(self, frame: bytes) -> None:
-        """Send a message, or queue it when that would have to wait."""
-        if not self._messages and not self._control and self.stream is not None and self.stream.write_nowait(frame):
+    def __len__(self) -> int:
+        """Frames and messages that wait."""
+        return len(self._control) + self._count
+
+    def push(self, message_id: bytes, topic: str, entry: bytes, priority: int) -> None:
+        """Queue a message, given as the field of an RPC."""
+        queue = self._messages[priority]
+        if message_id in queue:
             return
-        self._messages.append(frame)
-        self._message_bytes += len(frame)
-        while len(self._messages) > self._limits.outbound_frames or self._message_bytes > self._limits.outbound_bytes:
-            self._message_bytes -= len(self._messages.popleft())
-            self.dropped += 1
-        self._filled.set()
+        queue[message_id] = (topic, entry)
+        self._count += 1
+        self._bytes += len(entry)
+        while self._count > self._limits.outbound_frames or self._bytes > self._limits.outbound_bytes:
+            self._drop_one()
+
+    def _drop_one(self) -> None:
+        priority = next(number for number in reversed(range(PRIORITIES)) if self._messages[number])
+        _, (topic, entry) = self._messages[priority].popitem(last=False)
+        self._count -= 1
+        self._bytes -= len(entry)
+        self._dropped[topic, priority] += 1
+
+    def withdraw(self, message_id: bytes) -> None:
+        """The peer has this message."""
+        for queue in self._messages:
+            if (waiting := queue.pop(message_id, None)) is not None:
+                self._count -= 1
+                self._bytes -= len(waiting[1])
+                return
 
     def push_control(self, frame: bytes) -> None:
         """Queue a control frame, ahead of messages."""
         if len(self._control) < _CONTROL_FRAMES:
             self._control.append(frame)
-            self._filled.set()
 
-    async def next_batch(self) -> bytes:
-        """Wait for something to send; several frames in one piece."""
-        while not self._control and not self._messages:
-            self._filled = trio.Event()
-            await self._filled.wait()
-        batch: list[bytes] = []
+    def flush(self) -> None:
+        """Send what waits, as far as that needs no waiting."""
+        while (self._control or self._count) and self.stream is not None and not self.unsent:
+            batch = self._next_batch()
+            if not self.stream.write_nowait(batch):
+                self.unsent = batch
+                self._stuck.set()
+
+    async def next_unsent(self) -> bytes:
+        """Wait for something that could not be sent at once."""
+        if not self.unsent:
+            self._stuck = trio.Event()
+            await self._stuck.wait()
+        return self.unsent
+
+    def _next_batch(self) -> bytes:
+        """Control frames, and as many messages as fit in one RPC."""
+        parts: list[bytes] = []
         size = 0
-        while size < WRITE_BYTES and (self._control or self._messages):
-            if self._control:
-                frame = self._control.popleft()
-            else:
-                frame = self._messages.popleft()
-                self._message_bytes -= len(frame)
-            size += len(frame)
-            batch.append(frame)
-        return b"".join(batch)
-
-
-class SeenMessages:
-    """Ids of messages seen lately; bounded by number and age."""
-
-    def __init__(self, most: int, keep_s: float) -> None:
-        self._most, self._keep_s = most, keep_s
-        self._seen: OrderedDict[bytes, float] = OrderedDict()
-
-    def __contains__(self, message_id: bytes) -> bool:
-        return message_id in self._seen
-
-    def add(self, message_id: bytes, now: float) -> None:
-        """Remember an id."""
-        self._seen[message_id] = now
-        if len(self._seen) > self._most:
-            self._seen.popitem(last=False)
-
-    def expire(self, now: float) -> None:
-        """Forget what is old."""
-        while self._seen and next(iter(self._seen.values())) < now - self._keep_s:
-            self._seen.popitem(last=False)
+        while self._control and size < FRAME_BYTES // 2:
+            parts.append(self._control.popleft())
+            size += len(parts[-1])
+        entries: list[bytes] = []
+        room = FRAME_BYTES - _LENGTH_BYTES - size
+        for queue in self._messages:
+            while queue and (len(queue[next(iter(queue))][1]) <= room or not (parts or entries)):
+                _, (_, entry) = queue.popitem(last=False)
+                entries.append(entry)
+                room -= len(entry)
+        if entries:
+            self._count -= len(entries)
+            rpc = b"".join(entries)
+            self._bytes -= len(rpc)
+            parts.append(wire.frame(rpc))
+        return b"".join(parts)

@@ -27,8 +27,12 @@ PRUNE_BACKOFF_S = 60.0
 MAX_TOPICS_PER_PEER = 64
 MAX_OFFERED_IDS = 500  # in one IHAVE, and asked of one peer per heartbeat
 MAX_OFFERS = 10  # IHAVE messages of one peer per heartbeat
+MAX_REQUESTS = 1000  # ids that one peer may ask for per heartbeat
 MAX_RESENDS = 3  # of one message to one peer
+MAX_ID_BYTES = 64  # of an id that we ask for
+PROMISE_S = 3.0  # after which an offered message that we asked for should be here
 MAX_TOPIC_LENGTH = 128
+_BACKOFFS = 16_384  # remembered; the oldest give way
 
 
 @dataclass
@@ -47,6 +51,8 @@ class _Peer:
     topics: set[str] = field(default_factory=set)
     offers: int = 0  # IHAVE messages in this heartbeat
     asked: int = 0  # ids asked for in this heartbeat
+    requests: int = 0  # ids that it asked for in this heartbeat
+    promise: tuple[bytes, float] | None = None  # an id that we asked it for, and until when it should be here
 
 
 class MessageCache:
@@ -55,31 +61,31 @@ class MessageCache:
     def __init__(self, max_bytes: int = 16 * 1024 * 1024) -> None:
         self._max_bytes = max_bytes
         self._bytes = 0
-        self._frames: OrderedDict[bytes, tuple[str, bytes]] = OrderedDict()  # id → topic, frame
+        self._entries: OrderedDict[bytes, tuple[str, bytes]] = OrderedDict()  # id → topic, message
         self._windows: deque[list[bytes]] = deque([[]], maxlen=HISTORY)
         self._resends: dict[bytes, dict[bytes, int]] = {}  # id → peer → times
 
-    def put(self, message_id: bytes, topic: str, frame: bytes) -> None:
-        """Keep a message; the oldest give way above the limit of bytes."""
-        self._frames[message_id] = (topic, frame)
+    def put(self, message_id: bytes, topic: str, entry: bytes) -> None:
+        """Keep a message as it is sent; the oldest give way above the limit of bytes."""
+        self._entries[message_id] = (topic, entry)
         self._windows[-1].append(message_id)
-        self._bytes += len(frame)
+        self._bytes += len(entry)
         while self._bytes > self._max_bytes:
-            self._drop(next(iter(self._frames)))
+            self._drop(next(iter(self._entries)))
 
-    def resend(self, message_id: bytes, peer: bytes) -> bytes | None:
-        """The frame for a peer that asks; None when it is gone or was asked for too often."""
-        known = self._frames.get(message_id)
+    def resend(self, message_id: bytes, peer: bytes) -> tuple[str, bytes] | None:
+        """Topic and message for a peer that asks; None when it is gone or was asked for too often."""
+        known = self._entries.get(message_id)
         if known is None:
             return None
         times = self._resends.setdefault(message_id, {})
         times[peer] = times.get(peer, 0) + 1
-        return known[1] if times[peer] <= MAX_RESENDS else None
+        return known if times[peer] <= MAX_RESENDS else None
 
     def recent(self, topic: str) -> list[bytes]:
         """Ids to offer."""
         windows = list(self._windows)[-GOSSIPED:]
-        return [i for window in windows for i in window if i in self._frames and self._frames[i][0] == topic]
+        return [i for window in windows for i in window if i in self._entries and self._entries[i][0] == topic]
 
     def shift(self) -> None:
         """A heartbeat has passed."""
@@ -89,7 +95,7 @@ class MessageCache:
         self._windows.append([])
 
     def _drop(self, message_id: bytes) -> None:
-        entry = self._frames.pop(message_id, None)
+        entry = self._entries.pop(message_id, None)
         self._resends.pop(message_id, None)
         if entry is not None:
             self._bytes -= len(entry[1])
@@ -123,14 +129,14 @@ class Router:
         self.mesh.setdefault(topic, set())
 
     def on_subscription(self, peer: bytes, topic: str, subscribe: bool) -> None:
-        """A peer announced or withdrew a subscription; more than MAX_TOPICS_PER_PEER are forgotten."""
+        """A peer announced or withdrew a subscription; of topics that are not ours, MAX_TOPICS_PER_PEER are kept."""
         state = self._peers.get(peer)
         if state is None:
             return
         if not subscribe:
             state.topics.discard(topic)
             self.mesh.get(topic, set()).discard(peer)
-        elif len(state.topics) < MAX_TOPICS_PER_PEER and len(topic) <= MAX_TOPIC_LENGTH:
+        elif topic in self.mesh or (len(state.topics) < MAX_TOPICS_PER_PEER and len(topic) <= MAX_TOPIC_LENGTH):
             state.topics.add(topic)
 
     def subscribers(self, topic: str) -> list[bytes]:
@@ -179,7 +185,7 @@ class Router:
         return answer, impatient
 
     def _refuse(self, answer: Control, peer: bytes, topic: str, now: float, backoff_s: float = PRUNE_BACKOFF_S) -> None:
-        self._backoff[(topic, peer)] = now + backoff_s
+        self._wait(topic, peer, now + backoff_s)
         answer.prune.append((topic, backoff_s))
 
     def on_prune(self, peer: bytes, topic: str, backoff_s: float, now: float) -> None:
@@ -187,12 +193,22 @@ class Router:
         members = self.mesh.get(topic)
         if members is not None:
             members.discard(peer)
-            self._backoff[(topic, peer)] = now + min(max(backoff_s, 1.0), 10 * PRUNE_BACKOFF_S)
+            self._wait(topic, peer, now + min(max(backoff_s, 1.0), 10 * PRUNE_BACKOFF_S))
+
+    def _wait(self, topic: str, peer: bytes, until: float) -> None:
+        """No GRAFT before this time, ours or theirs."""
+        self._backoff.pop((topic, peer), None)
+        self._backoff[(topic, peer)] = until
+        if len(self._backoff) > _BACKOFFS:
+            del self._backoff[next(iter(self._backoff))]
 
     def on_ihave(
-        self, peer: bytes, offers: Iterable[tuple[str, Iterable[bytes]]], seen: Callable[[bytes], bool]
+        self, peer: bytes, offers: Iterable[tuple[str, Iterable[bytes]]], seen: Callable[[bytes], bool], now: float
     ) -> Control:
-        """A peer offers messages: ask for those that we have not seen, within limits."""
+        """A peer offers messages: ask for those that we have not seen, within limits.
+
+        One of them, chosen at random, it has then promised: see `broken_promises`.
+        """
         state, answer = self._peers.get(peer), Control()
         if state is None or self._score(peer) < 0:
             return answer
@@ -200,10 +216,40 @@ class Router:
             state.offers += 1
             if state.offers > MAX_OFFERS or topic not in self.mesh:
                 continue
-            wanted = [i for i in ids if not seen(i)][: max(0, MAX_OFFERED_IDS - state.asked)]
+            wanted = [i for i in ids if len(i) <= MAX_ID_BYTES and not seen(i)]
+            wanted = wanted[: max(0, MAX_OFFERED_IDS - state.asked)]
             state.asked += len(wanted)
             answer.iwant += wanted
+        if answer.iwant and state.promise is None:
+            state.promise = (self._rng.choice(answer.iwant), now + PROMISE_S)
         return answer
+
+    def on_iwant(self, peer: bytes, ids: Iterable[bytes]) -> list[tuple[bytes, str, bytes]]:
+        """A peer asks for messages: id, topic and message of each that it may have."""
+        state, found = self._peers.get(peer), []
+        for message_id in ids:
+            if state is None or state.requests >= MAX_REQUESTS:
+                break
+            state.requests += 1
+            if (known := self.cache.resend(message_id, peer)) is not None:
+                found.append((message_id, *known))
+        return found
+
+    def on_kept_promise(self, peer: bytes, message_id: bytes) -> None:
+        """A peer sent this message."""
+        state = self._peers.get(peer)
+        if state is not None and state.promise is not None and state.promise[0] == message_id:
+            state.promise = None
+
+    def broken_promises(self, seen: Callable[[bytes], bool], now: float) -> list[bytes]:
+        """Peers that offered a message, were asked for it, and did not send it, nor did anybody else."""
+        broken: list[bytes] = []
+        for peer, state in self._peers.items():
+            if state.promise is not None and (seen(state.promise[0]) or now >= state.promise[1]):
+                if not seen(state.promise[0]):
+                    broken.append(peer)
+                state.promise = None
+        return broken
 
     # -- heartbeat ----------------------------------------------------------------------------------------------------
 
@@ -211,7 +257,7 @@ class Router:
         """Repair the meshes, offer recent messages outside them; to be called every second."""
         out: dict[bytes, Control] = {}
         for state in self._peers.values():
-            state.offers = state.asked = 0
+            state.offers = state.asked = state.requests = 0
         self._backoff = {key: until for key, until in self._backoff.items() if until > now}
         for topic, members in self.mesh.items():
             self._repair(topic, members, out, now)
@@ -245,8 +291,9 @@ class Router:
             self._refuse(out.setdefault(peer, Control()), peer, topic, now)
 
     def _keep_outbound(self, topic: str, members: set[bytes], out: dict[bytes, Control], now: float) -> None:
+        """Also in a mesh that is full: those who dial us cannot fill it and choose what we hear."""
         missing = DEGREE_OUTBOUND - sum(self._peers[peer].outbound for peer in members)
-        if missing <= 0 or len(members) < DEGREE_LOW or len(members) >= DEGREE_HIGH:
+        if missing <= 0 or len(members) < DEGREE_LOW:
             return
         others = self._choose(topic, len(self._peers), members, now=now)
         self._graft(topic, members, [p for p in others if self._peers[p].outbound][:missing], out)

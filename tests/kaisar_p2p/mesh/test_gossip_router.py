@@ -108,25 +108,25 @@ def test_peers_outside_the_mesh_are_offered_recent_messages_and_can_ask() -> Non
     made = router()
     peers = with_peers(made, 20)
     made.heartbeat(0.0)
-    made.cache.put(b"id", T, b"frame")
+    made.cache.put(b"id", T, b"entry")
     out = made.heartbeat(1.0)
     offered = {peer for peer, control in out.items() if control.ihave == {T: [b"id"]}}
     assert len(offered) == gossipsub.LAZY_DEGREE
     assert not offered & made.mesh[T]
-    assert made.on_ihave(peers[0], [(T, [b"a", b"b"])], {b"a"}.__contains__).iwant == [b"b"]
-    assert made.cache.resend(b"id", peers[0]) == b"frame"
+    assert made.on_ihave(peers[0], [(T, [b"a", b"b"])], {b"a"}.__contains__, 1.0).iwant == [b"b"]
+    assert made.on_iwant(peers[0], [b"id"]) == [(b"id", T, b"entry")]
 
 
 def test_offers_and_questions_are_limited() -> None:
     made = router()
     (peer,) = with_peers(made, 1)
     ids = [b"%d" % number for number in range(10_000)]
-    asked = [made.on_ihave(peer, [(T, ids)], lambda _: False).iwant for _ in range(100)]
+    asked = [made.on_ihave(peer, [(T, ids)], lambda _: False, 0.0).iwant for _ in range(100)]
     assert sum(map(len, asked)) == gossipsub.MAX_OFFERED_IDS
     made.heartbeat(1.0)
-    assert made.on_ihave(peer, [(T, ids)], lambda _: False).iwant
-    made.cache.put(b"id", T, b"frame")
-    assert [made.cache.resend(b"id", peer) for _ in range(5)].count(b"frame") == gossipsub.MAX_RESENDS
+    assert made.on_ihave(peer, [(T, ids)], lambda _: False, 1.0).iwant
+    made.cache.put(b"id", T, b"entry")
+    assert [made.cache.resend(b"id", peer) for _ in range(5)].count((T, b"entry")) == gossipsub.MAX_RESENDS
 
 
 def test_the_cache_forgets_after_some_heartbeats_and_above_its_size() -> None:
@@ -138,7 +138,7 @@ def test_the_cache_forgets_after_some_heartbeats_and_above_its_size() -> None:
     for number in range(50):
         cache.put(b"%d" % number, T, bytes(10))
     assert cache.resend(b"39", b"p") is None
-    assert cache.resend(b"49", b"p") == bytes(10)
+    assert cache.resend(b"49", b"p") == (T, bytes(10))
     assert cache._bytes <= 100
 
 

@@ -11,6 +11,7 @@ import trio.testing
 
 from kaisar_p2p.errors import LimitExceeded
 from kaisar_p2p.mesh import GossipMessage, Mesh
+from kaisar_p2p.mesh import gossip_wire as wire
 from kaisar_p2p.wire.verdict import Verdict
 
 
@@ -154,7 +155,7 @@ async def test_a_message_is_judged_by_when_it_arrived_not_by_when_we_got_round_t
     await a.publish("heavy", b"first")
     await eventually(lambda: len(judged) == 1)
     await a.publish("heavy", b"second")
-    await eventually(lambda: b._network.connection_to(a.key).muxer.received.held > 0)
+    await eventually(lambda: len(b._gossip._intake.pending) == 2)
     arrived = trio.current_time()
     await eventually(lambda: trio.current_time() > arrived + 0.3)
     busy.set()
@@ -231,7 +232,7 @@ async def test_gossip_survives_many_quick_reconnects(lab) -> None:
         assert (await receive(at_node)).data == b"%d" % round_number
         connection = hub._network.connection_to(node.key)
         connection.muxer.abort()
-        node._discovery._tries.clear()
+        node._discovery._attempts.clear()
         await eventually(lambda old=connection: hub._network.connection_to(node.key) is not old)
         if not hub.is_connected(node.key):  # do not wait for the backoff
             await node._discovery.connect(hub.key)
@@ -249,7 +250,7 @@ async def test_a_reset_gossip_stream_is_opened_again(lab) -> None:
                 for stream in list(connection.muxer._streams.values()):
                     stream.reset_nowait()
         await trio.testing.wait_all_tasks_blocked(0.01)
-        await eventually(lambda: a._gossip._links[b.key].sending is not None)
+        await eventually(lambda: a._gossip._outbox.links[b.key].sending is not None)
         await a.publish("advert", b"%d" % round_number)
         assert (await receive(at_b)).data == b"%d" % round_number
 
@@ -268,9 +269,10 @@ async def test_a_duplicate_is_judged_once(lab) -> None:
     await eventually(lambda: b.key in a.subscribers("advert"))
     await a.publish("advert", b"once")
     await receive(at_b)
-    (_, frame) = next(iter(a._gossip._router.cache._frames.values()))
+    (_, entry) = next(iter(a._gossip._router.cache._entries.values()))
     for _ in range(50):
-        a._gossip._links[b.key].push(frame)
+        a._gossip._outbox.links[b.key].push_control(wire.frame(entry))
+    a._gossip._outbox.links[b.key].flush()
     await eventually(lambda: b.statistics().messages.get(("", "duplicate"), 0) >= 50)
     assert judged == 1
     assert b.peers()[0].score == 0

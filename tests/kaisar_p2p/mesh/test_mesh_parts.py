@@ -11,16 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from libp2p.peer.id import ID
-from libp2p.pubsub.pb import rpc_pb2
-from libp2p.pubsub.validators import signature_validator
 from nacl.signing import SigningKey
 
 from kaisar_p2p.errors import ConfigError
-from kaisar_p2p.mesh import gossip_wire as wire
 from kaisar_p2p.mesh import peer_of
 from kaisar_p2p.mesh.address_book import AddressBook
 from kaisar_p2p.mesh.addresses import Address, local_addresses, parse, with_peer
-from kaisar_p2p.mesh.gossip_link import SeenMessages
 from kaisar_p2p.mesh.ids import id_bytes_of, id_of, key_of, key_pair_of
 from kaisar_p2p.mesh.limits import TokenBucket
 
@@ -109,51 +105,6 @@ def test_a_bucket_in_debt_says_how_long() -> None:
     assert bucket.take(10, 0.0) == 0.0
     assert bucket.take(20, 0.0) == 2.0
     assert bucket.take(0, 2.0) == 0.0
-
-
-def test_seen_messages_are_bounded_by_number_and_age() -> None:
-    seen = SeenMessages(10, 60.0)
-    for number in range(20):
-        seen.add(b"%d" % number, float(number))
-    assert b"9" not in seen
-    assert b"10" in seen
-    seen.expire(75.0)
-    assert b"10" not in seen
-    assert b"19" in seen
-
-
-@given(st.binary(max_size=200), st.text(min_size=1, max_size=20), st.integers(0, 2**64 - 1))
-def test_our_messages_satisfy_the_library(data: bytes, topic: str, sequence: int) -> None:
-    key = SigningKey(b"\x07" * 32)
-    published = wire.sign(key, topic, data, sequence)
-    message = rpc_pb2.Message()
-    message.ParseFromString(published.raw)
-    assert signature_validator(message)
-    assert wire.signature_is_valid(message, published.author)
-    assert wire.read(message, 1000) == published
-
-
-@given(st.lists(st.binary(max_size=300), max_size=8), st.integers(1, 50))
-def test_frames_survive_any_cut(messages: list[bytes], step: int) -> None:
-    key = SigningKey(b"\x07" * 32)
-    sent = [wire.sign(key, "t", data, number) for number, data in enumerate(messages)]
-    stream = b"".join(wire.publish_frame(published.raw) for published in sent)
-    reader, got = wire.FrameReader(10_000), []
-    for start in range(0, len(stream), step):
-        for rpc, _size in reader.feed(stream[start : start + step]):
-            got += [message.SerializeToString() for message in rpc.publish]
-    assert got == [published.raw for published in sent]
-
-
-@given(st.binary(max_size=500))
-def test_any_bytes_are_frames_or_malformed(data: bytes) -> None:
-    reader = wire.FrameReader(200)
-    try:
-        for _ in reader.feed(data):
-            pass
-    except wire.MalformedGossip:
-        return
-    assert len(reader._buffer) <= 205
 
 
 def test_libp2p_imports_without_fastecdsa_and_without_its_unused_parts() -> None:

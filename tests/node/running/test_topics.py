@@ -59,10 +59,12 @@ class FakeMesh:
         self.validators: dict[str, Any] = {}
         self.senders: dict[str, trio.MemorySendChannel[Any]] = {}
 
-    def subscribe(self, name: str, validate: Any, *, queue: int, heavy: bool) -> trio.MemoryReceiveChannel[Any]:
+    def subscribe(
+        self, name: str, validate: Any, *, queue: int, heavy: bool, priority: int
+    ) -> trio.MemoryReceiveChannel[Any]:
         self.validators[name] = validate
         self.senders[name], receive = trio.open_memory_channel[Any](queue)
-        assert heavy is TEST_TOPICS[name].heavy
+        assert (heavy, priority) == (TEST_TOPICS[name].heavy, TEST_TOPICS[name].priority)
         return receive
 
 
