@@ -36,7 +36,7 @@ from kaisar_p2p.mesh.negotiation import confirm, proposal
 from kaisar_p2p.mesh.network import Network
 from kaisar_p2p.mesh.reach_check import reach_check_of
 from kaisar_p2p.mesh.reachability import Reachability
-from kaisar_p2p.mesh.records import RELAY, OwnRecord, network_id
+from kaisar_p2p.mesh.records import RELAY, RENDEZVOUS, OwnRecord, network_id
 from kaisar_p2p.mesh.relay import RelayStatistics
 from kaisar_p2p.mesh.relaying import Relaying
 from kaisar_p2p.mesh.streams import MeshStream
@@ -113,8 +113,8 @@ class Mesh:
         self._network = Network(key_pair_of(seed), config.limits, config.pre_shared_key)
         self._kept: set[bytes] = set()
         self._reputation = Conduct(self._network, self._kept.__contains__).reputation
-        self._remembered = Remembered(self._reputation, memory)
         self._book = _address_book(config)
+        self._remembered = Remembered(self._reputation, memory, book=self._book)
         self._announcer = OwnAddresses(config, lambda: self._network.bound)
         self._gossip = Gossip(self._network, signing_key, f"/kaisar/{config.network}", self._reputation, rng)
         self.on_addresses_changed: Callable[[], None] = lambda: None
@@ -207,6 +207,7 @@ class Mesh:
         """The report on how others reach us has changed."""
         self._announcer.set_confirmed(self._reach.confirmed)
         self._relaying.on_reachability(report.status)
+        self._offer(RENDEZVOUS, report.status == "public")
 
     def _wake(self) -> None:
         self._changed.set()

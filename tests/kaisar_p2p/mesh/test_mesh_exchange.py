@@ -170,6 +170,34 @@ async def test_new_addresses_are_told_at_once(lab) -> None:
     assert len(told) == 1
 
 
+class Memory:
+    """What outlives a restart."""
+
+    def __init__(self) -> None:
+        self.blobs: dict[str, bytes] = {}
+
+    def load(self, name: str) -> bytes | None:
+        return self.blobs.get(name)
+
+    def save(self, name: str, blob: bytes) -> None:
+        self.blobs[name] = blob
+
+
+async def test_a_restarted_node_needs_no_bootstrap(lab) -> None:
+    memory, seed, config = Memory(), os.urandom(32), MeshConfig(network="test")
+    hub, other = await lab.pair()
+    async with open_mesh(config, seed, memory) as node:
+        await connect(node, to=hub)
+        with trio.fail_after(10):
+            await node.wait_until(lambda: node.is_connected(other.key))
+    assert memory.blobs["addresses"]
+    await eventually(lambda: not other.is_connected(node.key))
+    await lab.stop(hub)
+    async with open_mesh(config, seed, memory) as node:
+        with trio.fail_after(10):
+            await node.wait_until(lambda: node.is_connected(other.key))
+
+
 async def test_interfaces_that_change_are_noticed(lab, monkeypatch) -> None:
     mesh = await lab.mesh(interfaces_s=0.02)
     assert mesh.addrs[0].startswith("/ip4/127.0.0.1/")
