@@ -145,12 +145,12 @@ class Connection(SwarmConn):
                 self.swarm.refused["streams"] += 1
                 stream.reset_nowait()
             else:
+                self._handling += 1
+                self.swarm.open_streams += 1
                 nursery.start_soon(self._handle, stream)
 
     async def _handle(self, stream: MuxedStream) -> None:
         """One inbound stream. Nothing that it does, and no bug of its handler, leaves this task."""
-        self._handling += 1
-        self.swarm.open_streams += 1
         try:
             with trio.fail_after(self.swarm.limits.negotiation_s):
                 protocol = await respond(stream, self.swarm.handlers.__contains__)
