@@ -118,7 +118,7 @@ class DialBackServer:
             try:
                 with trio.fail_after(self._network.limits.dial_s):
                     results[i] = DIALED if await hand_over(self._network, address, secret) else FAILED
-            except (OSError, IOException, trio.TooSlowError) as error:
+            except (OSError, trio.TooSlowError) as error:
                 log.debug("cannot dial back %s: %r", address, error)
                 results[i] = FAILED
 
@@ -126,7 +126,7 @@ class DialBackServer:
 async def hand_over(network: Network, address: Address, secret: bytes) -> bool:
     """Dial from a fresh port and hand the secret over; whether whoever listens there took it.
 
-    Raises OSError or the library's IOException when the connection breaks.
+    Raises OSError when it cannot be dialed.
     """
     tcp = await network.open_raw(address)  # from the port that we listen on, a NAT would let it pass as known
     try:
@@ -136,6 +136,8 @@ async def hand_over(network: Network, address: Address, secret: bytes) -> bool:
             return False
         await tcp.write(secret)
         return await _read_exactly(tcp, 1) == TAKEN
+    except IOException:  # it broke
+        return False
     finally:
         await trio.aclose_forcefully(tcp.stream)
 
