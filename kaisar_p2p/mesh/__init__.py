@@ -12,6 +12,7 @@ from kaisar_p2p.mesh.limits import MeshConfig, MeshLimits
 from kaisar_p2p.mesh.memory import MeshMemory
 from kaisar_p2p.mesh.mesh import Mesh, MeshStatistics, PeerInfo, open_mesh
 from kaisar_p2p.mesh.reachability import Reachability
+from kaisar_p2p.mesh.report import MeshReport
 from kaisar_p2p.mesh.streams import MeshStream
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "MeshConfig",
     "MeshLimits",
     "MeshMemory",
+    "MeshReport",
     "MeshStatistics",
     "MeshStream",
     "PeerInfo",

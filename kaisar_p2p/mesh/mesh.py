@@ -39,6 +39,7 @@ from kaisar_p2p.mesh.reachability import Reachability
 from kaisar_p2p.mesh.records import RELAY, RENDEZVOUS, OwnRecord, network_id
 from kaisar_p2p.mesh.relay import RelayStatistics
 from kaisar_p2p.mesh.relaying import Relaying
+from kaisar_p2p.mesh.report import MeshReport
 from kaisar_p2p.mesh.streams import MeshStream
 from kaisar_p2p.mesh.upnp import PortMapping, wants_mapping
 from kaisar_p2p.mesh.yamux_stream import MuxedStream
@@ -265,6 +266,19 @@ class Mesh:
     def port_mapping(self) -> str:
         """Whether a router forwards a port to this node, in a sentence."""
         return self._mapping.explained
+
+    def report(self) -> MeshReport:
+        """How this node stands in its network, for `kaisar doctor`."""
+        return MeshReport(
+            reachability=self.reachability(),
+            listening=tuple(map(str, local_addresses(self._network.bound))),
+            port_mapping=self._mapping.explained,
+            relays=tuple(map(str, self._relaying.addresses)),
+            carrying=self.relay_statistics(),
+            on_lan=self._lan is not None,
+            banned=self._reputation.banned(trio.current_time()),
+            key_conflict=self.key_conflict(),
+        )
 
     def relay_statistics(self) -> RelayStatistics:
         """What this node carries for others."""

@@ -175,6 +175,11 @@ class Reputation:
         """Whoever comes from there is refused at this time."""
         return self._addresses.ban_left_s(account.encode(), now) > 0
 
+    def banned(self, now: float) -> int:
+        """How many keys and addresses are refused at this time."""
+        records = (*self._keys.records.values(), *self._addresses.records.values())
+        return sum(record.banned_until > now for record in records)
+
     def score(self, key: bytes, now: float) -> float:
         """0 for a peer without blame, negative otherwise."""
         return -self._keys.blame(key, now)
