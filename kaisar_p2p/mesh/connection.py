@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
@@ -21,7 +22,6 @@ from libp2p.io.exceptions import ConnectionClosedError  # isort: skip
 from libp2p.io.trio import TrioTCPStream  # isort: skip
 from libp2p.network.connection.swarm_connection import SwarmConn  # isort: skip
 from libp2p.rcmgr import Direction  # isort: skip
-from libp2p.stream_muxer.exceptions import MuxedConnUnavailable  # isort: skip
 
 if TYPE_CHECKING:
     from kaisar_p2p.mesh.network import Network
@@ -121,12 +121,12 @@ class Connection(SwarmConn):
         """Live until either side closes; never raises but for cancellation."""
         try:
             async with trio.open_nursery() as nursery:
+                self.muxer.on_stream = partial(self._take_stream, nursery)
                 nursery.start_soon(self.muxer.start)
                 await self.muxer.event_started.wait()
                 self.event_started.set()
                 self.swarm.register(self)
                 task_status.started()
-                nursery.start_soon(self._accept_streams, nursery)
                 await self.muxer.event_closed.wait()
                 nursery.cancel_scope.cancel()
         finally:
@@ -135,19 +135,14 @@ class Connection(SwarmConn):
                 self.swarm.on_offence(self, self.muxer.violation)
             self.swarm.remove_conn(self)
 
-    async def _accept_streams(self, nursery: trio.Nursery) -> None:
-        while True:
-            try:
-                stream = await self.muxer.accept_stream()
-            except MuxedConnUnavailable:
-                return
-            if self.swarm.open_streams >= self.swarm.limits.streams and self._handling >= _STREAMS_FOR_EACH:
-                self.swarm.refused["streams"] += 1
-                stream.reset_nowait()
-            else:
-                self._handling += 1
-                self.swarm.open_streams += 1
-                nursery.start_soon(self._handle, stream)
+    def _take_stream(self, nursery: trio.Nursery, stream: MuxedStream) -> None:
+        if self.swarm.open_streams >= self.swarm.limits.streams and self._handling >= _STREAMS_FOR_EACH:
+            self.swarm.refused["streams"] += 1
+            stream.reset_nowait()
+        else:
+            self._handling += 1
+            self.swarm.open_streams += 1
+            nursery.start_soon(self._handle, stream)
 
     async def _handle(self, stream: MuxedStream) -> None:
         """One inbound stream. Nothing that it does, and no bug of its handler, leaves this task."""

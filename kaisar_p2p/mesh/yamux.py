@@ -245,6 +245,7 @@ class Muxer(IMuxedConn):
         now = trio.current_time()
         frames = TokenBucket(self._limits.frames_per_s, self._limits.frames_per_s, now)
         most = _FIRST_READ_BYTES
+        await trio.lowlevel.checkpoint()  # who waits for `event_started` comes before the first stream
         while True:
             data = await session.receive(most)
             self.last_received = now = trio.current_time()
@@ -253,6 +254,9 @@ class Muxer(IMuxedConn):
             before = parser.frames
             self.feed(data)
             data.release()
+            if self._outbox.unflushed:
+                await trio.lowlevel.checkpoint()  # the new streams' handlers may answer at once
+                self._outbox.flush()
             count = parser.frames - before
             most = _DENSE_READ_BYTES if size < count * _DENSE_FRAME_BYTES else min(READ_BYTES, 2 * most)
             debt_s = frames.take(count, now)
@@ -318,7 +322,7 @@ class Muxer(IMuxedConn):
             return None
         self._streams[stream_id] = stream = MuxedStream(self, stream_id)
         self._inbound += 1
-        self.enqueue(HEADER.pack(0, WINDOW, ACK, stream_id, 0))
+        self._outbox.control_later(HEADER.pack(0, WINDOW, ACK, stream_id, 0))
         if self.on_stream is not None:
             self.on_stream(stream)
         else:

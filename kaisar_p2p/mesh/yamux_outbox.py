@@ -32,6 +32,7 @@ class Outbox:
 
     def __init__(self) -> None:
         self.waiting: set[MuxedStream] = set()  # whose writers wait until there is room
+        self.unflushed = False
         self._control: list[bytes] = []
         self._control_bytes = 0
         self._pong: bytes | None = None  # only the last one: a flood of pings gets few answers
@@ -53,6 +54,18 @@ class Outbox:
             self._control.append(frame)
             self._control_bytes += len(frame)
             self._wake()
+
+    def control_later(self, frame: bytes) -> None:
+        """A control frame that may wait for `flush`: an answer often follows and leaves with it."""
+        if not self._closed:
+            self._control.append(frame)
+            self._control_bytes += len(frame)
+            self.unflushed = True
+
+    def flush(self) -> None:
+        """What was queued by `control_later` leaves now."""
+        self.unflushed = False
+        self._wake()
 
     def pong(self, frame: bytes) -> None:
         """The answer to a ping, in place of an earlier one that has not left."""
