@@ -1,7 +1,7 @@
 """Finding out which peers are gone: one task for all connections of a node.
 
 A peer that we have not heard of for `keepalive_s` is pinged; one that stays silent for 2.5 times that, or that does not
-take what we send for `send_stall_s`, is dead. Whoever talks anyway is never pinged.
+take what we send for `send_stall_s`, is dead. Whoever talks anyway is pinged rarely, for the round-trip time.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Protocol
 
 import trio
 
+_MEASURED_EVERY = 6  # keepalive intervals
 _DEAD_AFTER = 2.5  # times keepalive_s
 _TICKS = 10  # in keepalive_s
 
@@ -78,7 +79,9 @@ class Liveness:
 
     def ping_due(self, now: float, last_received: float) -> int | None:
         """The value of a ping to send now, or None."""
-        if now - max(last_received, self._pinged) < self._keepalive_s:
+        patience = 1 if self.rtt_s is None else _MEASURED_EVERY  # a busy connection is not silent
+        quiet_s, unmeasured_s = now - max(last_received, self._pinged), now - self._pinged
+        if quiet_s < self._keepalive_s and unmeasured_s < patience * self._keepalive_s:
             return None
         self._ping_id = (self._ping_id + 1) & 0xFFFFFFFF
         self._pinged = now

@@ -29,7 +29,7 @@ _TXT_STRING_BYTES, _TXT_BYTES = 255, 1200  # one string of a TXT record; a recor
 _RESOLVE_MS = 3000
 _ADDRESSES = 8
 
-Found = Callable[[bytes, list[str]], None]
+Found = Callable[[bytes, list[str]], object]
 
 
 def txt_record(strings: Iterable[str]) -> bytes:
@@ -107,7 +107,7 @@ class LocalNetwork:
             log.warning(
                 "peers on the local network are not looked for: %s (no multicast here, or port 5353 is taken; "
                 "network.mdns = false switches this off)",
-                error or type(error).__name__,
+                str(error) or type(error).__name__,
             )
         finally:
             self._commands.put(None)
@@ -122,9 +122,10 @@ class LocalNetwork:
         daemon = zeroconf.Zeroconf(interfaces=interfaces)
         try:
             daemon.register_service(self._service(addresses))
-            zeroconf.ServiceBrowser(daemon, SERVICE, handlers=[self._on_change])
+            browser = zeroconf.ServiceBrowser(daemon, SERVICE, handlers=[self._on_change])
             while (changed := self._commands.get()) is not None:
                 daemon.update_service(self._service(changed))
+            browser.cancel()  # `close` leaves its thread behind
         finally:
             daemon.close()
 
