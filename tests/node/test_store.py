@@ -123,3 +123,17 @@ def test_the_first_digest_of_each_duty_stands(steps: list[tuple[str, bytes]]) ->
         for key, digest in steps:
             refused = store.commit([Duty(key, digest)], [], [], 0.0)
             assert (key in refused) == (model.setdefault(key, digest) != digest)
+
+
+def test_what_the_mesh_keeps_survives_a_reopened_file_and_is_not_pruned(tmp_path: Path) -> None:
+    first = NodeStore(tmp_path / "node.sqlite")
+    assert first.load("reputation") is None
+    first.save("reputation", b"old")
+    first.save("reputation", b"new")
+    first.prune(1e12, {"body": 0})
+    first.close()
+    again = NodeStore(tmp_path / "node.sqlite")
+    assert again.load("reputation") == b"new"
+    again.close()
+    with pytest.raises(StoreError):
+        again.load("reputation")
