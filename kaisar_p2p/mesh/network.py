@@ -386,9 +386,12 @@ class Network(Swarm):
         assert isinstance(connection, Connection)
         return connection
 
-    async def upgrade_inbound_stream(self, raw: ReadWriteCloser, relay: bytes) -> Muxer | None:
-        """As `upgrade_outbound_stream`, for a stream that a relay brought us; None when the handshake fails."""
-        origin, now = origin_of(relay.hex()), trio.current_time()
+    async def upgrade_inbound_stream(self, raw: ReadWriteCloser, relay: bytes, source: bytes) -> Muxer | None:
+        """As `upgrade_outbound_stream`, for a stream that a relay brought us; None when the handshake fails.
+
+        `source` is whom the relay names. What goes wrong is held against that key, not against all behind the relay.
+        """
+        origin, now = Origin(source.hex(), relay.hex(), private=False), trio.current_time()
         reason = self._refusal(origin, now)
         if reason is not None:
             self.refused[reason] += 1

@@ -267,11 +267,11 @@ class RelayClient:
             await send(stream, StopMessage(StopType.STATUS, status=Status.MALFORMED_MESSAGE))
             await stream.close()
             return
-        if status is not Status.OK:
+        if source is None:
             await stream.close()
             return
         try:
-            muxer = await self._network.upgrade_inbound_stream(RelayedStream(stream), relay.key)
+            muxer = await self._network.upgrade_inbound_stream(RelayedStream(stream), relay.key, source)
             if muxer is None:
                 return
             if key_of(muxer.peer_id.to_bytes()) != source:
@@ -281,6 +281,7 @@ class RelayClient:
             stream.reset_nowait()
 
     def _judge(self, relay: Connection, message: StopMessage) -> tuple[Status, bytes | None]:
+        """The answer, and who comes if that is yes."""
         if message.type != StopType.CONNECT:
             return Status.UNEXPECTED_MESSAGE, None
         source = key_of(message.peer) if message.peer is not None else None

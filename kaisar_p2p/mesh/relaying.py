@@ -36,6 +36,8 @@ class Relaying:
         self._punch = HolePunch(network)
         self.on_offer: Callable[[bool], None] = lambda _offered: None  # we began or ceased to relay
         self._relay = relay
+        is_kept = network.pruner.is_kept
+        network.pruner.is_kept = lambda key: is_kept(key) or key in self.client.relays
 
     @property
     def addresses(self) -> tuple[CircuitAddress, ...]:

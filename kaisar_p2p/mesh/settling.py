@@ -28,7 +28,9 @@ class Settling:
                 self._network.on_key_conflict(other, newest)
 
     def _surplus(self, other: Connection, newest: Connection) -> Connection:
-        """Of two connections, the one to close: the one that the larger key dialed; of equals the older."""
+        """Of two connections, the one to close: a relayed one, or that which the larger key dialed; else the older."""
+        if other.relayed != newest.relayed:
+            return other if other.relayed else newest
         if other.inbound == newest.inbound:
             return other
         keep_inbound = newest.key < self._own
