@@ -1,187 +1,150 @@
-"""The mesh on loopback: one stream against raw trio TCP, requests on new streams, gossip, the cost of the import."""
+"""The mesh beside js-libp2p, go-libp2p (its daemon) and the stock py-libp2p, all in one run: medians of five.
+
+Streams, small writes, requests and dials between two processes; gossip among ten; a bulk stream beside gossip; a
+thousand idle connections. `KAISAR_BENCH_ROUNDS=1` makes it shorter, `KAISAR_BENCH_PARTS=pairs,gossip,ladder,bulk,idle`
+chooses. It takes about a quarter of an hour and wants a quiet machine.
+"""
 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import AsyncExitStack, contextmanager
-from functools import partial
-from statistics import median, quantiles
+from statistics import median
 
 import trio
 
-from benchmarks import Figure
-from kaisar_p2p.mesh import Mesh, MeshConfig, MeshLimits, MeshStream, open_mesh, peer_of
-from kaisar_p2p.wire.verdict import Verdict
+from benchmarks import Figure, mesh_gossip, mesh_own, mesh_pairs
+from benchmarks.mesh_gossip import NODES, Window
+from benchmarks.mesh_pairs import GO, JS, OURS, STOCK, Pair
 
-_SECONDS = 2.0
-_CHUNK = bytes(64 * 1024)
-_REQUESTS = 500
-_NODES = 10
-_MESSAGES = 300
-_MESSAGE_BYTES = 1024
-_RATE_PER_S = 60.0
+_ROUNDS = int(os.environ.get("KAISAR_BENCH_ROUNDS", "5"))
+_PARTS = os.environ.get("KAISAR_BENCH_PARTS", "pairs,gossip,ladder,bulk,idle").split(",")
+_WINDOW_S = 8.0
+_RATE_PER_S = 300.0
+_STOCK_RATE_PER_S = 15.0  # at more it is busy with losing messages
+_LADDER = [30.0, 60.0, 100.0, 150.0, 200.0, 300.0, 400.0, 500.0, 600.0, 800.0, 1000.0, 1300.0, 1600.0]
 
 
 def figures() -> list[Figure]:
-    """Two processes for streams and requests, ten nodes in one process for gossip."""
-    with _server() as addresses:
-        raw, stream, latencies_ms = trio.run(_as_client, *addresses)
-    p50, p99 = median(latencies_ms), quantiles(latencies_ms, n=100)[98]
-    gossip_ms, delivered = trio.run(_gossip)
-    import_s, import_mb = _import_cost()
+    """All parts that were asked for, one after the other."""
+    return trio.run(_figures)
+
+
+async def _figures() -> list[Figure]:
+    found: list[Figure] = []
+    if "pairs" in _PARTS:
+        found += _of_pairs(await _pairs())
+    if "gossip" in _PARTS or "ladder" in _PARTS:
+        found += await _of_gossip()
+    if "bulk" in _PARTS:
+        found += await mesh_own.bulk_beside_gossip(_ROUNDS)
+    if "idle" in _PARTS:
+        found += await mesh_own.idle_connections()
+    return found
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# -- pairs ------------------------------------------------------------------------------------------------------------
+
+
+async def _pairs() -> dict[str, Pair]:
+    rounds: dict[str, list[Pair]] = {name: [] for name in mesh_pairs.START}
+    for number in range(_ROUNDS):
+        for name, done in rounds.items():
+            done.append(await mesh_pairs.measure(name))
+            _say(f"round {number + 1} of {_ROUNDS}: {name} {done[-1]}")
+    return {name: mesh_pairs.middle(done) for name, done in rounds.items()}
+
+
+def _of_pairs(pairs: dict[str, Pair]) -> list[Figure]:
+    ours, js, go, stock = (pairs[name] for name in (OURS, JS, GO, STOCK))
+    bulk, small = "one stream, 64 KiB writes, two processes", "one stream, 1 KiB writes"
+    request = "request on a new stream"
     return [
-        Figure(
-            figure="one stream, 64 KiB writes, two processes",
-            value=stream / 1e6,
-            unit="MB/s",
-            peer="raw trio TCP",
-            ratio=stream / raw,
-            target="≥ 0.15",
-            ok=stream / raw >= 0.15,
-        ),
-        Figure(
-            figure="request on a new stream, p50",
-            value=p50,
-            unit="ms",
-            peer="its own p99",
-            ratio=p50 / p99,
-            target="≤ 1 ms",
-            ok=p50 <= 1.0,
-        ),
-        Figure(
-            figure=f"gossip, {_NODES} nodes, {_RATE_PER_S:.0f}/s of 1 KiB: CPU per message and node",
-            value=gossip_ms,
-            unit="ms",
-            target="≤ 1 ms",
-            ok=gossip_ms <= 1.0,
-        ),
-        Figure(
-            figure="the same: delivered",
-            value=100 * delivered,
-            unit="%",
-            target="100 %",
-            ok=delivered == 1.0,
-        ),
-        Figure(figure="import of the mesh, CPU", value=import_s, unit="s", target="≤ 0.8 s", ok=import_s <= 0.8),
-        Figure(figure="import of the mesh, memory", value=import_mb, unit="MB", target="≤ 60 MB", ok=import_mb <= 60),
+        _at_least(bulk, ours.bulk_mb_per_s, "MB/s", JS, js.bulk_mb_per_s, 1.4),
+        _at_least(bulk, ours.bulk_mb_per_s, "MB/s", STOCK, stock.bulk_mb_per_s, 4.0),
+        _at_most(f"{bulk}: CPU of both", ours.cpu_s_per_gb, "s/GB", GO, go.cpu_s_per_gb, 1.0),
+        _at_least(small, ours.small_mb_per_s, "MB/s", JS, js.small_mb_per_s, 1.0),
+        _at_most(f"{request}, p50", ours.request_p50_ms, "ms", JS, js.request_p50_ms, 1.0),
+        _at_most(f"{request}, p99", ours.request_p99_ms, "ms", JS, js.request_p99_ms, 1.0),
+        _at_most("dial, p50", ours.dial_ms, "ms", JS, js.dial_ms, 1.1),
+        *(_for_comparison(f"{bulk}: {GO}", go.bulk_mb_per_s, "MB/s"),),
     ]
-
-
-# -- streams and requests ---------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _server() -> Iterator[tuple[int, str]]:
-    """Another process: the port of its raw TCP service and the address of its mesh."""
-    command = [sys.executable, "-c", "from benchmarks.mesh import serve; serve()"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            port, multiaddr = process.stdout.readline().split()
-            yield int(port), multiaddr
-        finally:
-            process.kill()
-
-
-def serve() -> None:
-    """The other process: floods whoever connects, by TCP or by stream, and echoes requests."""
-    trio.run(_serve)
-
-
-async def _serve() -> None:
-    config = MeshConfig(limits=MeshLimits(opens_per_s=1e6))
-    async with open_mesh(config, os.urandom(32)) as mesh, trio.open_nursery() as nursery:
-        mesh.serve("/flood", _flood_stream, max_frame_bytes=1)
-        mesh.serve("/echo", _echo, max_frame_bytes=1024, rate_per_s=1e6)
-        (listener,) = await nursery.start(partial(trio.serve_tcp, _flood_tcp, 0, host="127.0.0.1"))
-        print(listener.socket.getsockname()[1], mesh.addrs[0], flush=True)
-
-
-async def _flood_stream(stream: MeshStream) -> None:
-    while True:
-        await stream.send_some(_CHUNK)
-
-
-async def _flood_tcp(tcp: trio.SocketStream) -> None:
-    try:
-        while True:
-            await tcp.send_all(_CHUNK)
-    except trio.BrokenResourceError:
-        return
-
-
-async def _echo(stream: MeshStream) -> None:
-    await stream.send_frame(await stream.receive_frame())
-
-
-async def _as_client(port: int, multiaddr: str) -> tuple[float, float, list[float]]:
-    """Bytes a second of raw TCP and of one stream, and the milliseconds of each request."""
-    key, address = peer_of(multiaddr)
-    async with open_mesh(MeshConfig(), os.urandom(32)) as mesh, await trio.open_tcp_stream("127.0.0.1", port) as tcp:
-        mesh.add_addresses(key, [address])
-        raw = await _bytes_per_s(tcp)
-        await tcp.aclose()
-        stream = await mesh.open_stream(key, "/flood", timeout_s=10, max_frame_bytes=1)
-        rate = await _bytes_per_s(stream)
-        await stream.reset()
-        return raw, rate, [await _request_ms(mesh, key) for _ in range(_REQUESTS)]
-
-
-async def _bytes_per_s(source: MeshStream | trio.SocketStream) -> float:
-    total, began = 0, time.perf_counter()
-    while time.perf_counter() - began < _SECONDS:
-        total += len(await source.receive_some(256 * 1024))
-    return total / (time.perf_counter() - began)
-
-
-async def _request_ms(mesh: Mesh, key: bytes) -> float:
-    began = time.perf_counter()
-    await mesh.request(key, "/echo", bytes(100), deadline_s=10, max_reply_bytes=1024)
-    return 1000 * (time.perf_counter() - began)
 
 
 # -- gossip -----------------------------------------------------------------------------------------------------------
 
 
-async def _gossip() -> tuple[float, float]:
-    """CPU milliseconds per message and node, and the part of the messages that arrived."""
-    async with AsyncExitStack() as stack:
-        meshes = [await stack.enter_async_context(open_mesh(MeshConfig(), os.urandom(32))) for _ in range(_NODES)]
-        channels = [mesh.subscribe("bench", _accept, queue=_MESSAGES) for mesh in meshes]
-        for mesh in meshes[1:]:
-            mesh.keep_connected(meshes[0].key, meshes[0].addrs)
-        with trio.fail_after(60):
-            for mesh in meshes:
-                await mesh.wait_connected(6)
-        await trio.sleep(3)  # until the topic's mesh has formed
-        began = time.process_time()
-        for number in range(_MESSAGES):
-            await meshes[number % _NODES].publish("bench", os.urandom(_MESSAGE_BYTES))
-            await trio.sleep(1 / _RATE_PER_S)
-        await trio.sleep(1)
-        spent_ms = 1000 * (time.process_time() - began)
-        arrived = sum(channel.statistics().current_buffer_used for channel in channels)
-    return spent_ms / _MESSAGES / _NODES, arrived / (_MESSAGES * (_NODES - 1))
+async def _of_gossip() -> list[Figure]:
+    costs: dict[str, list[Window]] = {}
+    ladders: dict[str, list[Window]] = {}
+    for name in mesh_pairs.START:
+        _say(f"gossip: {NODES} processes of {name} start")
+        async with mesh_gossip.swarm(name) as peers:
+            if "gossip" in _PARTS:
+                rate = _STOCK_RATE_PER_S if name == STOCK else _RATE_PER_S
+                costs[name] = [await mesh_gossip.window(peers, rate, _WINDOW_S) for _ in range(_ROUNDS)]
+                _say(f"gossip: {name} {costs[name]}")
+            if "ladder" in _PARTS:
+                ladders[name] = await mesh_gossip.ladder(peers, _LADDER, _WINDOW_S)
+                _say(f"gossip: {name} {ladders[name]}")
+    return (_of_costs(costs) if costs else []) + (_of_ladders(ladders) if ladders else [])
 
 
-def _accept(*_message: object) -> tuple[Verdict, str]:
-    return Verdict.ACCEPT, ""
+def _of_costs(costs: dict[str, list[Window]]) -> list[Figure]:
+    def cpu_ms(name: str) -> float:
+        return median(window.cpu_ms / max(window.delivered, 1e-9) for window in costs[name])
+
+    what = f"gossip 1 KiB, {NODES} processes, {_RATE_PER_S:.0f}/s: CPU per message and node"
+    ours = costs[OURS]
+    return [
+        _at_most(what, cpu_ms(OURS), "ms", JS, cpu_ms(JS), 0.6),
+        _at_most(what, cpu_ms(OURS), "ms", f"{STOCK} at {_STOCK_RATE_PER_S:.0f}/s", cpu_ms(STOCK), 0.12),
+        _at_most(what, cpu_ms(OURS), "ms", GO, cpu_ms(GO), 1.2),
+        _for_comparison("the same: delivered", 100 * median(window.delivered for window in ours), "%"),
+        _for_comparison("the same: p99", median(window.p99_ms for window in ours), "ms"),
+        *(
+            _for_comparison(f"the same of {name}: delivered", 100 * median(w.delivered for w in costs[name]), "%")
+            for name in (JS, GO)
+        ),
+    ]
 
 
-# -- import -----------------------------------------------------------------------------------------------------------
+def _of_ladders(ladders: dict[str, list[Window]]) -> list[Figure]:
+    def held(name: str) -> float:
+        return max((window.rate_per_s for window in ladders[name] if window.held), default=0.0)
+
+    what = f"gossip rate with 100 % delivered and p99 ≤ {mesh_gossip.LATE_MS:.0f} ms"
+    past = ladders[OURS][-1]
+    found = [
+        _at_least(what, held(OURS), "/s", JS, held(JS), 2.0),
+        _at_least(what, held(OURS), "/s", STOCK, held(STOCK), 8.0),
+        _at_least(what, held(OURS), "/s", GO, held(GO), 0.7),
+    ]
+    if not past.held:
+        found.append(_for_comparison(f"delivered at {past.rate_per_s:.0f}/s, past that", 100 * past.delivered, "%"))
+    return found
 
 
-def _import_cost() -> tuple[float, float]:
-    """CPU seconds and peak megabytes of a process that imports the mesh and nothing else."""
-    script = (
-        "import kaisar_p2p.mesh, time;"
-        "status = dict(line.split(':', 1) for line in open('/proc/self/status'));"
-        "print(time.process_time(), int(status['VmHWM'].split()[0]) / 1024)"
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def _at_least(figure: str, value: float, unit: str, peer: str, of_peer: float, times: float) -> Figure:
+    ratio = value / of_peer if of_peer else float("inf")
+    return Figure(
+        figure=figure, value=value, unit=unit, peer=peer, ratio=ratio, target=f"≥ {times} ×", ok=ratio >= times
     )
-    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
-    seconds, megabytes = done.stdout.split()
-    return float(seconds), float(megabytes)
+
+
+def _at_most(figure: str, value: float, unit: str, peer: str, of_peer: float, times: float) -> Figure:
+    ratio = value / of_peer
+    return Figure(
+        figure=figure, value=value, unit=unit, peer=peer, ratio=ratio, target=f"≤ {times} ×", ok=ratio <= times
+    )
+
+
+def _for_comparison(figure: str, value: float, unit: str) -> Figure:
+    return Figure(figure=figure, value=value, unit=unit)
