@@ -109,7 +109,7 @@ class Soak:
 
     def run(self, console: Console) -> None:
         """Both parts."""
-        with subject({"limits": {"connections_per_address": 160}}) as node:
+        with subject({"limits": {"connections_per_address": 160, "handshakes_per_s": 1000}}) as node:
             before = _sample(node, 0)
             if self._cycles:
                 console.print(f"{self._cycles} connection cycles ...")
