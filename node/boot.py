@@ -18,7 +18,7 @@ from kaisar_p2p.hardware.probe import probe
 from kaisar_p2p.hardware.prove import select_backend
 from kaisar_p2p.identity import Keystore, MachineKey, Wallet
 from kaisar_p2p.ledger import EmbeddedLedger, open_embedded
-from kaisar_p2p.mesh import Mesh, MeshConfig, open_mesh
+from kaisar_p2p.mesh import Mesh, open_mesh
 from kaisar_p2p.runtime.interface import ContainerRuntime
 from kaisar_p2p.wire.crypto import sha256
 from node.api.server import serve_api
@@ -31,6 +31,7 @@ from node.driver import Driver
 from node.effects import NodeEffects
 from node.inbox import Inbox
 from node.index import Index
+from node.mesh_settings import mesh_config
 from node.node import Node
 from node.peers import PeerKeeper
 from node.registration import Registration, offered_spec
@@ -113,7 +114,7 @@ async def _run_on_ledger(
         runtime = await _runtime(config, keys) if hardware is not None else None
         # 4. the mesh
         network = ledger.network.hex()[:16]
-        async with open_mesh(MeshConfig(config.network.listen, network), keys.seed, store) as mesh:
+        async with open_mesh(mesh_config(config, network), keys.seed, store) as mesh:
             node = _assemble(config, keys, wallet, chain, store, clock, inbox, mesh, runtime)
             machines, registration, onboarding = _machines(node, hardware)
             # 5. effects, topics, served protocols, machines

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from kaisar_p2p.errors import KaisarError
-from node.commands import init, lease, look, order, owner, proof, run, wallet
+from node.commands import doctor, init, lease, look, network, order, owner, proof, run, wallet
 from node.commands.output import FAILED, INTERRUPTED, exit_code, print_error, say
 
 EXTENSIONS = "kaisar.commands"
@@ -35,7 +35,7 @@ def make_app() -> typer.Typer:
         "4 configuration, keys or data directory cannot be used, 130 interrupted.",
     )
     app.callback()(_options)
-    for command in (init.init, run.run, look.status, look.peers, look.workers, look.checks, look.epochs):
+    for command in (init.init, run.run, look.status, look.peers, look.workers, look.checks, look.epochs, doctor.doctor):
         app.command()(command)
     for name, group, text in _GROUPS:
         app.add_typer(group, name=name, help=text)
@@ -51,6 +51,7 @@ _GROUPS = (
     ("proof", proof.app, "Proofs of rewards that verify offline."),
     ("stake", owner.stake, "Stake of a checker."),
     ("licence", owner.licence, "Checker licences."),
+    ("network", network.app, "Private swarms: the key that only their nodes have."),
     ("worker", owner.worker, "This machine as a worker."),
 )
 

@@ -97,6 +97,37 @@ class NetworkSection:
         (),
         "Peers to meet first, besides the bootstrap records on the ledger. `kaisar run --join` adds to it.",
     )
+    announce: tuple[str, ...] = setting(
+        kinds.text_list(kinds.announced_multiaddr(), "a list of multiaddrs"),
+        (),
+        "Addresses to tell others instead of those that are found: behind a port that you forward yourself.",
+    )
+    pre_shared_key_file: str = setting(
+        kinds.text("a path, or empty for none", lambda value: "\0" not in value),
+        "",
+        "The key of a private swarm: only nodes with the same key connect. A relative path starts at the data"
+        " directory; `kaisar network key` makes one.",
+    )
+    relay: bool | None = setting(
+        kinds.boolean_or_auto(),
+        None,
+        'Carry connections of nodes that cannot be reached; "auto": when this node can be reached itself.',
+    )
+    upnp: bool | None = setting(
+        kinds.boolean_or_auto(),
+        None,
+        'Ask the router to forward the port; "auto": when the node listens on private addresses.',
+    )
+    mdns: bool | None = setting(
+        kinds.boolean_or_auto(),
+        None,
+        'Look for peers on the local network; "auto": when the node listens on more than loopback.',
+    )
+    limits: kinds.Table = setting(  # noqa: RUF009  (a table is frozen)
+        kinds.table(),
+        kinds.Table(),
+        "What peers may use of this node, as a table [network.limits]: every bound in docs/mesh.md by its name.",
+    )
 
 
 @dataclass(frozen=True)
@@ -177,6 +208,12 @@ class Config:
     def genesis_path(self) -> Path:
         """The genesis file."""
         return self.data_directory / os.path.expanduser(self.network.genesis)
+
+    @property
+    def pre_shared_key_path(self) -> Path | None:
+        """The file with the key of a private swarm; None for an open one."""
+        file = self.network.pre_shared_key_file
+        return self.data_directory / os.path.expanduser(file) if file else None
 
     @property
     def ledger_path(self) -> Path:

@@ -18,12 +18,16 @@ from protocols.genesis import DOCUMENT_BYTES, Allocation, Genesis, parse_genesis
 
 GENESIS_FILE = "genesis.json"
 LEDGER_FILE = "ledger.sqlite"
+SWARM_KEY_FILE = "swarm.key"
 OWN_BALANCE_PLANCK = 1_000_000 * PLANCK_PER_KAI
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to make. `ledger` joins an existing file; `genesis` is a document's file; with neither, all is new."""
+    """What to make. `ledger` joins an existing file; `genesis` is a document's file; with neither, all is new.
+
+    `swarm_key` is the text of a private swarm's key file.
+    """
 
     data_directory: Path
     passphrase: str | None = field(repr=False)
@@ -32,6 +36,7 @@ class Plan:
     genesis: Path | None = None
     scheme: Scheme = Scheme.ED25519
     settings: Mapping[str, object] = field(default_factory=dict)
+    swarm_key: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,8 @@ def _make(plan: Plan, config: Config, given: bytes | None, time_ms: int) -> Made
     machine = keystore.create_machine_key(plan.passphrase)
     document = given if given is not None else _own_genesis(plan, wallet, time_ms)
     _write(directory / GENESIS_FILE, document)
+    if plan.swarm_key is not None:
+        _write(directory / SWARM_KEY_FILE, plan.swarm_key.encode("ascii"))
     network = _network(plan, config, document)
     write_config(directory / CONFIG_FILE, config)  # last: a directory with a configuration is complete
     return Made(machine, wallet, phrase, network, own_ledger=given is None)
@@ -127,6 +134,8 @@ def _settings(plan: Plan) -> dict[str, object]:
     settings = dict(plan.settings)
     if plan.ledger is not None:
         settings["ledger.path"] = str(_absolute(plan.ledger))
+    if plan.swarm_key is not None:
+        settings["network.pre_shared_key_file"] = SWARM_KEY_FILE
     return settings
 
 

@@ -30,6 +30,13 @@ class Kind:
     from_text: Callable[[str], object] = str
 
 
+@dataclass(frozen=True)
+class Table:
+    """Names with a number each; what may be in it is checked by whoever uses it."""
+
+    items: tuple[tuple[str, int | float], ...] = ()
+
+
 def setting(kind: Kind, default: object, doc: str) -> Any:
     """A dataclass field that is a documented setting. `Any`, because the field's own annotation says its type."""
     return field(default=default, metadata={"kind": kind, "doc": doc})
@@ -46,6 +53,9 @@ def to_toml(value: object) -> str:
             return str(value)
         case str():
             return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        case Table():
+            items = (f"{name} = {to_toml(number)}" for name, number in value.items)
+            return "{ " + ", ".join(items) + " }" if value.items else "{}"
         case tuple():
             return "[" + ", ".join(to_toml(item) for item in value) + "]"
         case _:
@@ -140,6 +150,49 @@ def boolean() -> Kind:
     return Kind("true or false", parse, lambda raw: words.get(raw.lower(), raw))
 
 
+def boolean_or_auto() -> Kind:
+    """True, false, or "auto", which is None."""
+    plain = boolean()
+    expected = '"auto", true or false'
+
+    def parse(value: object) -> object:
+        if value is None or value == "auto":
+            return None
+        try:
+            return plain.parse(value)
+        except ValueError:
+            raise ValueError(expected) from None
+
+    return Kind(expected, parse, lambda raw: raw if raw == "auto" else plain.from_text(raw))
+
+
+def table() -> Kind:
+    """Names with a number each; in a variable, `name=number` separated by commas."""
+    expected = "a table of names with a number each"
+
+    def parse(value: object) -> Table:
+        if isinstance(value, Table):
+            return value
+        if not isinstance(value, dict) or len(value) > MAX_LIST_ITEMS:
+            raise ValueError(expected)
+        for name, number in value.items():
+            if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= 1 << 50:
+                raise ValueError(f"{expected}; {name:.40} is {number!r:.40}")
+        return Table(tuple(sorted(value.items())))
+
+    def from_text(raw: str) -> dict[str, int | float]:
+        return dict(_named_number(part.strip(), expected) for part in raw.split(",") if part.strip())
+
+    return Kind(expected, parse, from_text)
+
+
+def _named_number(text: str, expected: str) -> tuple[str, int | float]:
+    found = re.fullmatch(r"([a-z_]{1,60})\s*=\s*([0-9]{1,15})(\.[0-9]{1,9})?", text)
+    if found is None:
+        raise ValueError(f"{expected}, such as connections=300,dial_s=2.5")
+    return found[1], float(found[2] + found[3]) if found[3] else int(found[2])
+
+
 def kai() -> Kind:
     """An amount of KAI, as decimal text so that no float rounds it."""
 
@@ -172,6 +225,15 @@ def is_loopback(host: str) -> bool:
 def listen_multiaddr() -> Kind:
     """An address of ours to listen on."""
     return text('a multiaddr to listen on, such as "/ip4/0.0.0.0/tcp/4001"', _is_listen_multiaddr)
+
+
+def announced_multiaddr() -> Kind:
+    """An address of ours to tell others."""
+    pattern = re.compile(r"/(?:ip4|ip6|dns4|dns6|dns)/[^/\s]{1,120}/tcp/[0-9]{1,5}")
+    return text(
+        'a multiaddr to announce, such as "/ip4/203.0.113.7/tcp/4001" or "/dns4/node.example.org/tcp/4001"',
+        lambda value: pattern.fullmatch(value) is not None,
+    )
 
 
 def peer_multiaddr() -> Kind:

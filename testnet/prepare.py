@@ -142,7 +142,12 @@ def _prepare_node(manifest: Manifest, entry: NodeEntry, name: str, path: Path) -
 def _settings(manifest: Manifest, entry: NodeEntry, name: str) -> dict[str, object]:
     """Defaults of a swarm on one machine, then what the manifest says, then what ties the nodes together."""
     poll_s = max(0.05, min(0.5, manifest.network_params.block_ms / 4000))
-    mine: dict[str, object] = {"network.listen": ["/ip4/127.0.0.1/tcp/0"], "ledger.poll_s": poll_s}
+    mine: dict[str, object] = {
+        "network.listen": ["/ip4/127.0.0.1/tcp/0"],
+        "network.upnp": False,  # nothing of a swarm on loopback concerns the local network
+        "network.mdns": False,
+        "ledger.poll_s": poll_s,
+    }
     mine |= manifest.settings_of(entry)
     return mine | {
         "node.roles": list(entry.roles),

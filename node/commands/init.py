@@ -12,6 +12,7 @@ import typer
 from kaisar_p2p.errors import ConfigError
 from kaisar_p2p.identity import Scheme
 from kaisar_p2p.wire.money import planck_to_kai
+from node.commands.network import new_swarm_key
 from node.commands.options import AsJson, DataDir, NoPassphrase, PassphraseFile, SchemeName, data_directory
 from node.commands.output import say, show_json
 from node.passphrase import read_passphrase
@@ -56,6 +57,15 @@ def init(
         list[str] | None,
         typer.Option("--join", metavar="MULTIADDR", help="A peer to meet first; repeatable."),
     ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a key for a private swarm; copy it to the swarm's other nodes.")
+    ] = False,
+    swarm_key: Annotated[
+        Path | None,
+        typer.Option(
+            "--swarm-key", metavar="FILE", help="Take part in the private swarm with this key.", show_default=False
+        ),
+    ] = None,
     name: Annotated[str, typer.Option("--name", help="A name for people, shown in logs and on pages.")] = "",
     scheme: SchemeName = "ed25519",
     no_passphrase: NoPassphrase = False,
@@ -81,12 +91,27 @@ def init(
     settings: dict[str, object] = {"node.name": name}
     settings |= {key: value for key, value in _lists(role, listen, join) if value}
     passphrase = new_passphrase(no_passphrase=no_passphrase, file=passphrase_file)
-    plan = Plan(directory, passphrase, network, ledger, genesis, Scheme.from_label(scheme), settings)
+    key = _swarm_key(private, swarm_key)
+    plan = Plan(directory, passphrase, network, ledger, genesis, Scheme.from_label(scheme), settings, key)
     made = initialise(plan, time_ms=time.time_ns() // 1_000_000)
     if as_json:
         _show_json(plan, made, show_mnemonic)
     else:
         _tell(plan, made, show_mnemonic)
+
+
+def _swarm_key(private: bool, file: Path | None) -> str | None:
+    """The text of the key file of a private swarm, a new one or a given one that is checked; None for an open swarm."""
+    if private and file is not None:
+        raise ConfigError("--private and --swarm-key exclude each other", hint="leave one of them out")
+    if private:
+        return new_swarm_key()
+    if file is None:
+        return None
+    from kaisar_p2p.mesh.pnet import format_key
+    from node.mesh_settings import read_swarm_key
+
+    return format_key(read_swarm_key(file.expanduser()))
 
 
 def _show_json(plan: Plan, made: Made, show_mnemonic: bool) -> None:
@@ -98,6 +123,7 @@ def _show_json(plan: Plan, made: Made, show_mnemonic: bool) -> None:
         "network": made.network.hex(),
         "own_ledger": made.own_ledger,
         "encrypted": plan.passphrase is not None,
+        "private": plan.swarm_key is not None,
     }
     show_json(record | ({"mnemonic": made.phrase} if show_mnemonic else {}))
 
@@ -113,6 +139,8 @@ def _tell(plan: Plan, made: Made, show_mnemonic: bool) -> None:
     if made.own_ledger:
         balance = planck_to_kai(OWN_BALANCE_PLANCK)
         say(f"A new local ledger for development was made ({plan.network}); the wallet has {balance} KAI on it.")
+    if plan.swarm_key is not None:
+        say(f"The swarm is private: its nodes need a copy of {plan.data_directory / 'swarm.key'}.")
     if plan.passphrase is None:
         say("The keys are stored unencrypted.")
     if not show_mnemonic:

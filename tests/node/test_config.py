@@ -235,7 +235,7 @@ def test_the_written_file_documents_every_setting_and_changes_none(tmp_path: Pat
             documented.append(f"{section}.{line[2:].split(' = ')[0]}")
             assert before.startswith("# "), f"{documented[-1]} has no description"
     assert documented == setting_keys()
-    assert len(documented) == len(set(documented)) == 19
+    assert len(documented) == len(set(documented)) == 25
 
 
 def test_the_shown_defaults_are_the_defaults(tmp_path: Path) -> None:
