@@ -20,6 +20,7 @@ from libp2p.host.ping import ID as PING_ID  # isort: skip
 from libp2p.identity.identify.identify import ID as IDENTIFY_ID  # isort: skip
 from libp2p.identity.identify.identify import identify_handler_for  # isort: skip
 from libp2p.network.stream.net_stream import NetStream, StreamState  # isort: skip
+from libp2p.protocol_muxer.multiselect import Multiselect  # isort: skip
 from multiaddr import Multiaddr  # isort: skip
 
 _PING_BYTES = 32
@@ -32,6 +33,7 @@ class Host(BasicHost):
 
     def __init__(self, network: Network, addresses: Callable[[], tuple[str, ...]]) -> None:
         self._addresses = addresses
+        self._handlers = network.handlers
         super().__init__(network, default_protocols=OrderedDict(), disable_identify_address_discovery=True)
         network.notifees.clear()  # it would identify every peer, in a task whose failure ends the program
         self._libp2p = {str(IDENTIFY_ID): identify_handler_for(self)}
@@ -47,6 +49,10 @@ class Host(BasicHost):
     def get_transport_addrs(self) -> list[Multiaddr]:
         """As `get_addrs`; our network has no listener objects of the library."""
         return self.get_addrs()
+
+    def get_mux(self) -> Multiselect:
+        """What identify tells that we speak: all that the network serves, so that others find relays and gossip."""
+        return Multiselect(dict.fromkeys(map(TProtocol, self._handlers)))
 
     async def _answer_pings(self, connection: Connection, stream: MuxedStream) -> None:
         """Send back 32 bytes at a time (https://github.com/libp2p/specs/blob/master/ping/ping.md).
