@@ -16,7 +16,7 @@ from benchmarks.peers.p2pd import go_peer
 from benchmarks.peers.process import js_peer, kaisar_peer, stock_peer
 
 OURS, JS, GO, STOCK = "kaisar", "js-libp2p", "go-libp2p", "py-libp2p"
-START: dict[str, Callable[[], Any]] = {OURS: kaisar_peer, JS: js_peer, GO: go_peer, STOCK: stock_peer}
+START: dict[str, Callable[..., Any]] = {OURS: kaisar_peer, JS: js_peer, GO: go_peer, STOCK: stock_peer}
 
 _MB = 1_000_000
 _LARGE, _SMALL = 65_536, 1_024
