@@ -4,7 +4,7 @@ set shell := ["bash", "-euo", "pipefail", "-c"]
 set positional-arguments := true
 
 bin := ".venv/bin"
-elsewhere := "not slow and not swarm and not docker and not chain and not browser and not gpu and not netns"
+elsewhere := "not slow and not swarm and not attack and not docker and not chain and not browser and not gpu and not netns"
 
 # List the recipes
 [private]
@@ -71,6 +71,10 @@ test-slow *args: setup
 # Run the tests that start a swarm of real processes
 test-swarm *args: setup
     {{ bin }}/python -m pytest -m swarm "$@"
+
+# Attack a node in every way that is known, and look whether its honest peers notice (a few minutes)
+test-attacks *args: setup
+    {{ bin }}/python -m pytest -m attack "$@"
 
 # Run the tests that need a Docker engine; they are skipped, with the reason, where none answers
 test-docker *args: setup

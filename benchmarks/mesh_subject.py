@@ -1,6 +1,6 @@
 """A mesh node in a process of its own, to be loaded and attacked: the soak and the attack tests watch it from outside.
 
-`python -m benchmarks.mesh_subject [JSON]` opens a mesh, prints one line of JSON (key, addresses, process id), and
+`python -m benchmarks.mesh_subject [JSON]` opens a mesh, prints one line of JSON (key, addresses), and
 answers commands, one JSON object a line on standard input, with one line each on standard output:
 
 * ``{"do": "figures"}``: tasks, connections, sizes of what is remembered about peers, counters of the mesh;
@@ -216,7 +216,7 @@ async def _run(options: Mapping[str, Any]) -> None:
     seed = bytes.fromhex(options["seed"]) if "seed" in options else os.urandom(32)
     async with open_mesh(config, seed) as mesh, trio.open_nursery() as nursery:
         subject = Subject(mesh, nursery)
-        _say({"key": mesh.key.hex(), "addresses": mesh.addrs, "pid": os.getpid()})
+        _say({"key": mesh.key.hex(), "addresses": mesh.addrs})
         try:
             await _answer_lines(subject)
         finally:

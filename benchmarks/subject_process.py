@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,21 @@ class SubjectProcess:
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
-        hello = self._read()
-        self.key: str = hello["key"]
-        self.addresses: list[str] = hello["addresses"]
-        self.watched = psutil.Process(hello["pid"])
+        self.watched = psutil.Process(process.pid)
+
+    @cached_property
+    def _hello(self) -> dict[str, Any]:
+        return self._read()
+
+    @property
+    def key(self) -> str:
+        """Its public key in hex; waits until it has started."""
+        return str(self._hello["key"])
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where it listens; waits until it has started."""
+        return list(self._hello["addresses"])
 
     @property
     def host_and_port(self) -> tuple[str, int]:
@@ -33,7 +45,7 @@ class SubjectProcess:
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """One command; raises RuntimeError when the process has ended."""
-        assert self._process.stdin is not None
+        assert self._hello and self._process.stdin is not None
         with suppress(BrokenPipeError):  # then there is no answer either
             self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self._process.stdin.flush()

@@ -200,7 +200,8 @@ class _FakeMuxer:
     rtt_s = None
     is_closed = False
     is_established = True
-    sent_bytes = received_bytes = 0
+    sent_bytes = received_bytes = stream_count = outbound_count = 0
+    violation = None
     last_received = 0.0
 
     def __init__(self, key: bytes) -> None:
@@ -209,6 +210,12 @@ class _FakeMuxer:
 
     def abort(self) -> None:
         self.aborted += 1
+
+    async def wait_without_streams(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
 
     def open_stream_nowait(self) -> FakeStream:
         return _Silent(proposal(GOSSIP))

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from tests.attacks.scene import Outcome, Scene, check
+
+
+@pytest.fixture(scope="module")
+def scenes() -> Iterator[Callable[[], Scene]]:
+    """The module's processes; started again when an attack has ended the victim."""
+    with ExitStack() as processes:
+        current: list[Scene] = []
+
+        def scene() -> Scene:
+            if not current or not current[0].victim.is_alive:
+                processes.close()
+                current[:] = [Scene(processes)]
+            return current[0]
+
+        yield scene
+
+
+@pytest.fixture
+def scene(scenes: Callable[[], Scene]) -> Scene:
+    return scenes()
+
+
+@pytest.fixture
+def attack(scene: Scene) -> Callable[..., Outcome]:
+    """Run an attack, check what holds after each, and print what it cost."""
+
+    def run(name: str, **arguments: Any) -> Outcome:
+        outcome = scene.attacked_by(name, **arguments)
+        print(f"{name}: {outcome}")
+        check(scene, outcome)
+        return outcome
+
+    return run
