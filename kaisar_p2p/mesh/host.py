@@ -51,8 +51,9 @@ class Host(BasicHost):
         return self.get_addrs()
 
     def get_mux(self) -> Multiselect:
-        """What identify tells that we speak: all that the network serves, so that others find relays and gossip."""
-        return Multiselect(dict.fromkeys(map(TProtocol, self._handlers)))
+        """What identify tells that we speak: libp2p's protocols, gossip and relays among them; not our own."""
+        spoken = (protocol for protocol in self._handlers if not protocol.startswith("/kaisar/"))
+        return Multiselect(dict.fromkeys(map(TProtocol, spoken)))
 
     async def _answer_pings(self, connection: Connection, stream: MuxedStream) -> None:
         """Send back 32 bytes at a time (https://github.com/libp2p/specs/blob/master/ping/ping.md).

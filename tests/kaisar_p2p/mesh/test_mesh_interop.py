@@ -69,7 +69,7 @@ async def test_ping_and_identify(lab, library_host) -> None:
             told = parse_identify_response(await identify.read(4096))
         network = mesh._network
         assert told.public_key == network.peerstore.pubkey(network.self_id).serialize()
-        assert "/kaisar/peers/2" not in told.protocols  # only what the library serves is told
+        assert "/kaisar/peers/2" not in told.protocols  # our own protocols are not told
 
 
 async def test_streams_both_ways(lab, library_host) -> None:
