@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import socket
 import struct
 
+import psutil
 import pytest
 import trio
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError
@@ -334,3 +336,20 @@ async def test_what_served_streams_hold_is_limited_over_all_peers(lab) -> None:
     for stream in streams:
         await stream.reset()
     await eventually(lambda: held.total == 0)
+
+
+@pytest.mark.slow
+async def test_thousands_of_identities_leave_memory_flat(lab) -> None:
+    mesh = await lab.mesh(handshakes_per_s=100_000)
+    process, sizes = psutil.Process(), []
+    for _ in range(5):
+        for _ in range(300):
+            async with trio.open_nursery() as nursery:
+                connection = await Stranger(nursery).dial(mesh)
+                await connection.close()
+                nursery.cancel_scope.cancel()
+        await eventually(lambda: mesh.statistics().connections == 0)
+        gc.collect()
+        sizes.append(process.memory_info().rss)
+    assert sizes[-1] - sizes[1] < 6_000_000, sizes
+    assert len(list(mesh._network.peerstore.peer_ids())) == 1
