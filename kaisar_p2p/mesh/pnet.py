@@ -12,12 +12,16 @@ XSalsa20 is Salsa20 under a subkey that HSalsa20 makes of the key and the first 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import struct
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import trio
+from nacl import _sodium
 
 from kaisar_p2p.errors import ConfigError, MeshError
 from kaisar_p2p.mesh.connection import TcpStream
@@ -87,9 +91,44 @@ def _rotated(value: int, bits: int) -> int:
 
 def xsalsa20(key: bytes, nonce: bytes) -> Callable[[bytes], bytes]:
     """A function that encrypts, or decrypts, one part of a stream after the other."""
+    subkey, rest = hsalsa20(key, nonce[:16]), nonce[16:]
+    if libsodium_salsa20() is not None:
+        return FastSalsa20(subkey, rest).encrypt
     from Crypto.Cipher import Salsa20  # only in a private swarm, and not while libp2p is imported with stand-ins
 
-    return Salsa20.new(hsalsa20(key, nonce[:16]), nonce[16:]).encrypt
+    return Salsa20.new(subkey, rest).encrypt
+
+
+@cache
+def libsodium_salsa20() -> Any:
+    """libsodium's Salsa20 that can start at any block: several times as fast as the other one.
+
+    PyNaCl brings it and does not offer it; None where its library does not show it.
+    """
+    try:
+        function = ctypes.CDLL(_sodium.__file__).crypto_stream_salsa20_xor_ic
+    except (OSError, AttributeError):
+        return None
+    buffer = ctypes.c_void_p
+    function.argtypes = (buffer, buffer, ctypes.c_ulonglong, ctypes.c_char_p, ctypes.c_uint64, ctypes.c_char_p)
+    return function
+
+
+class FastSalsa20:
+    """Salsa20 by libsodium, for a stream that comes in parts."""
+
+    def __init__(self, key: bytes, nonce: bytes) -> None:
+        self._key, self._nonce = key, nonce
+        self._position = 0
+
+    def encrypt(self, data: bytes) -> bytes:
+        """The next part of the stream."""
+        block, skipped = divmod(self._position, 64)
+        self._position += len(data)
+        buffer = bytearray(skipped) + data
+        at = ctypes.addressof((ctypes.c_char * len(buffer)).from_buffer(buffer)) if buffer else 0
+        libsodium_salsa20()(at, at, len(buffer), self._nonce, block, self._key)
+        return bytes(memoryview(buffer)[skipped:])
 
 
 # -- connections ------------------------------------------------------------------------------------------------------
