@@ -396,13 +396,28 @@ class Network(Swarm):
         if reason is not None:
             self.refused[reason] += 1
             return None
+        muxer = None
         with trio.CancelScope() as scope:
             visitor = self.door.enter(origin, now, scope.cancel)
             try:
-                return await self._upgrade_inbound(RawConnection(raw, False, ConnectionType.RELAYED, []), visitor)
+                muxer = await self._upgrade_inbound(RawConnection(raw, False, ConnectionType.RELAYED, []), visitor)
             finally:
-                self.door.leave(visitor)
-        return None
+                if muxer is None:
+                    self.door.leave(visitor)
+        if muxer is not None:
+            assert self._nursery is not None
+            self._nursery.start_soon(self._leave_with, muxer, visitor)
+        return muxer
+
+    async def _leave_with(self, muxer: Muxer, visitor: Visitor) -> None:
+        """Count a relayed connection, as one of its relay, until it ends."""
+        for connection in self.open_connections():
+            if connection.muxer is muxer:
+                connection.origin = visitor.origin
+        try:
+            await muxer.event_closed.wait()
+        finally:
+            self.door.leave(visitor)
 
 
 async def _no_relays(_key: bytes, address: CircuitAddress) -> Connection:
