@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -116,6 +117,15 @@ class Connection(SwarmConn):
     def busy(self) -> bool:
         """A request or tunnel is open, in either direction; our gossip takes one stream."""
         return self.serving > 0 or self.muxer.outbound_count > 1
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """A request or tunnel of the peer is being served: others are pruned first."""
+        self.serving += 1
+        try:
+            yield
+        finally:
+            self.serving -= 1
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Live until either side closes; never raises but for cancellation."""

@@ -398,20 +398,20 @@ class Mesh:
             stream.reset_nowait()
             return
         service.active[peer] += 1
-        connection.serving += 1
         try:
             limit, held = service.max_frame_bytes, self._served_bytes
             # All keys of one address are one holder: else many keys could hold everything.
-            holder = peer if connection.origin.private else connection.origin.account.encode()
-            async with MeshStream(stream, peer, protocol, limit, held=held, holder=holder) as mesh_stream:
-                await service.handler(mesh_stream)
+            shared = connection.relayed or connection.origin.private
+            holder = peer if shared else connection.origin.account.encode()
+            with connection.in_use():
+                async with MeshStream(stream, peer, protocol, limit, held=held, holder=holder) as mesh_stream:
+                    await service.handler(mesh_stream)
         except MeshError as error:
             log.debug("%s with %s ended: %s", protocol, peer.hex()[:12], error)
         except Exception:  # the edge of the stream's task: a bug in a handler costs this stream only
             self._failed_handlers[protocol] += 1
             log.exception("the handler of %s failed", protocol)
         finally:
-            connection.serving -= 1
             service.active[peer] -= 1
             if not service.active[peer]:
                 del service.active[peer]

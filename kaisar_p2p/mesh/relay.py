@@ -212,7 +212,7 @@ class Relay:
         if onward_connection is None:
             raise _Refusal(Status.NO_RESERVATION, "no reservation")
         limit = self._limit(source.key, target)
-        with self._place(source.key, target):
+        with self._place(source.key, target), source.in_use():
             onward = await self._open_stop(onward_connection, source.key, limit)
             try:
                 await send(stream, HopMessage(HopType.STATUS, limit=limit, status=Status.OK))

@@ -276,7 +276,8 @@ class RelayClient:
                 return
             if key_of(muxer.peer_id.to_bytes()) != source:
                 muxer.abort()  # the relay named somebody else
-            await muxer.event_closed.wait()
+            with relay.in_use():
+                await muxer.event_closed.wait()
         finally:
             stream.reset_nowait()
 
