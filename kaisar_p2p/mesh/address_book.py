@@ -13,7 +13,7 @@ import math
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from kaisar_p2p.mesh.addresses import AnyAddress, CircuitAddress, is_loopback, parse_any
@@ -241,6 +241,12 @@ class AddressBook:
         """Who brought this peer; "" for ourselves, a person or the ledger."""
         known = self._known.get(key)
         return known.source if known is not None else ""
+
+    def draw(self, most: int, rng: random.Random) -> Iterator[list[bytes]]:
+        """For each source, in random order, up to `most` of the peers that it brought, drawn at random."""
+        for source in rng.sample(list(self._sources), len(self._sources)):
+            keys = list(self._sources[source])
+            yield rng.sample(keys, min(most, len(keys)))
 
     def record_of(self, key: bytes, now: float) -> Record | None:
         """The signed record of a peer, while it is valid."""

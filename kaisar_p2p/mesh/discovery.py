@@ -1,18 +1,8 @@
-"""Finding peers and staying connected: redial, the search for more peers, looking for a peer by its key.
-
-Why no distributed hash table. The ledger lists the bootstrap nodes and every worker advertises itself, so that the
-only questions left are "who else is there" and "where is this key now". Swarms have tens to some thousands of nodes:
-4,096 signed records, of which each node keeps as many as it hears of, are two megabytes, where a table of buckets
-would need as many look-ups, keep-alives and republications to hold a fraction. And a DHT decides by the distance of
-freely chosen keys who answers for whom, which is what makes it easy to surround a key; here everybody may answer for
-everybody, answers carry the signature of whom they are about (`records`), and liars can only be silent.
-
-Rendezvous instead: a node leaves its record with everybody that it connects to, and with at least three that are
-reachable from everywhere or were named by the ledger or a person; those have heard of nearly all. A key is looked for
-at those first, then in a few hops at peers that they name (`_look_for`).
+"""Finding peers and staying connected: redial, and the search for more peers.
 
 Against being surrounded: kept bootstraps, peers drawn at random over the sources that brought them and over subnets
-that we have no connection to yet, and a share of the address book for each source (`address_book`).
+that we have no connection to yet, half of the connections chosen by us, and a share of the address book for each
+source (`address_book`). How a peer is found by its key: `rendezvous`.
 """
 
 from __future__ import annotations
@@ -33,7 +23,7 @@ from kaisar_p2p.mesh.connection import Connection
 from kaisar_p2p.mesh.exchange import FRAME_BYTES, PROTOCOL, PeerExchange
 from kaisar_p2p.mesh.limits import MeshLimits
 from kaisar_p2p.mesh.network import Network
-from kaisar_p2p.mesh.records import RENDEZVOUS
+from kaisar_p2p.mesh.rendezvous import Rendezvous
 from kaisar_p2p.mesh.settling import Settling
 
 __all__ = ["FRAME_BYTES", "PROTOCOL", "Backoff", "Discovery", "subnet_of"]
@@ -42,10 +32,7 @@ log = logging.getLogger(__name__)
 
 _REDIAL_S, _REDIAL_MAX_S = 0.25, 30.0
 _SEARCH_S = 1.0
-_HOPS, _ASKED_PER_HOP = 3, 3
-_LOOK_S = 10.0
-_PUBLISHED_TO = 3
-_PUBLISH_S = 900.0
+_DRAWN = 64  # candidates that are compared
 _COMPLAINT_S = 600.0
 _FOREIGN_S = 300.0
 _FOREIGN_PEERS = 1024
@@ -105,6 +92,7 @@ class Discovery:
         self._foreign: dict[bytes, float] = {}  # peers of other networks, and until when they are left alone
         self._woken = trio.Event()
         self._nursery: trio.Nursery | None = None
+        self._rendezvous = Rendezvous(network, book, exchange, self, rng)
         exchange.on_met = self._on_met
         exchange.on_foreign = self._on_foreign
 
@@ -114,7 +102,7 @@ class Discovery:
             self._nursery = nursery
             nursery.start_soon(self._search_loop)
             nursery.start_soon(self._exchange_loop)
-            nursery.start_soon(self._publish_loop)
+            nursery.start_soon(self._rendezvous.run)
             task_status.started()
             async for key in self._to_keep:
                 nursery.start_soon(self._keep, key)
@@ -127,7 +115,12 @@ class Discovery:
         self._woken.set()
         self._woken = trio.Event()
 
-    async def _pause(self, delay_s: float) -> None:
+    def is_kept(self, key: bytes) -> bool:
+        """A person or the ledger named it."""
+        return key in self._kept
+
+    async def pause(self, delay_s: float) -> None:
+        """Sleep, but not past `wake`."""
         with trio.move_on_after(delay_s):
             await self._woken.wait()
 
@@ -153,13 +146,13 @@ class Discovery:
                 except PeerUnreachable as error:
                     delay_s = _FOREIGN_S if self.is_foreign(key) else attempts.backoff.next_s()
                     self._complain(key, attempts, error)
-                    await self._pause(delay_s)
+                    await self.pause(delay_s)
                     continue
             attempts.complained_at = None
             await connection.event_closed.wait()
             if trio.current_time() - connection.since > _REDIAL_MAX_S:
                 attempts.backoff.reset()
-            await self._pause(attempts.backoff.next_s())
+            await self.pause(attempts.backoff.next_s())
 
     def _complain(self, key: bytes, attempts: _Attempts, error: PeerUnreachable) -> None:
         """The first failure and then every ten minutes, where somebody can do something about it."""
@@ -176,10 +169,11 @@ class Discovery:
     async def connect(self, key: bytes) -> Connection:
         """The connection with a peer, dialing it at its known addresses if need be; raises PeerUnreachable."""
         if self._network.connection_to(key) is None and not self._book.of(key):
-            await self._look_for(key)
-        return await self._dial(key)
+            await self._rendezvous.look_for(key)
+        return await self.dial(key)
 
-    async def _dial(self, key: bytes) -> Connection:
+    async def dial(self, key: bytes) -> Connection:
+        """As `connect`, without looking for addresses."""
         if self.is_foreign(key) and self._network.connection_to(key) is None:
             raise PeerUnreachable(
                 f"peer {key.hex()[:12]} is of another network", hint="do both nodes use the same genesis file?"
@@ -203,54 +197,15 @@ class Discovery:
         found = (self._network.connection_to(key) for key in keys)
         return [connection for connection in found if connection is not None]
 
-    # -- looking for a key --------------------------------------------------------------------------------------------
-
-    async def _look_for(self, key: bytes) -> None:
-        """Ask those who know many, then peers that they name: a few hops, a few peers each, some seconds in all."""
-        asked: set[bytes] = {self._own, key}
-        named: list[bytes] = []
-        with trio.move_on_after(_LOOK_S):
-            for hop in range(_HOPS):
-                to_ask = self._whom_to_ask(named, asked) if hop else self._whom_to_ask((), asked)
-                async with trio.open_nursery() as nursery:
-                    for peer in to_ask:
-                        asked.add(peer)
-                        nursery.start_soon(self._ask_about, peer, key, named)
-                if self._book.of(key) or not to_ask:
-                    return
-
-    def _whom_to_ask(self, named: Iterable[bytes], asked: set[bytes]) -> list[bytes]:
-        connected = self._network.connected_keys()
-        self._rng.shuffle(connected)
-        known = set(connected)
-        public = set(self._book.offering(RENDEZVOUS, trio.current_time()))
-        kept = [peer for peer in connected if peer in self._kept]
-        ranked = [*kept, *(peer for peer in connected if peer in public), *connected, *public, *named]
-        fresh = dict.fromkeys(peer for peer in ranked if peer not in asked)
-        dialable = [peer for peer in fresh if peer in known or (self._book.of(peer) and not self.is_foreign(peer))]
-        return dialable[:_ASKED_PER_HOP]
-
-    async def _ask_about(self, peer: bytes, key: bytes, named: list[bytes]) -> None:
-        was_connected = self._network.connection_to(peer) is not None
-        try:
-            connection = await self._dial(peer)
-        except PeerUnreachable as error:
-            log.debug("cannot ask about %s: %s", key.hex()[:12], error.message)
-            return
-        told = await self.exchange.ask(connection, (key,), RENDEZVOUS)
-        named += told or ()
-        if not was_connected and len(self._network.connected_keys()) > self._limits.target_peers:
-            self._soon(self._network.retire, connection)
-
     # -- looking for more peers ---------------------------------------------------------------------------------------
 
     async def _search_loop(self) -> None:
         """Dial known peers while there are fewer connections than wanted; ask for more when none is left to try."""
         asking, next_question = Backoff(self._rng), 0.0
         while True:
-            connected, wanted = len(self._network.connected_keys()), self._limits.target_peers
-            await trio.sleep(self._rng.uniform(0.5, 1.5) * (_SEARCH_S if 2 * connected >= wanted else _SEARCH_S / 4))
-            if connected >= wanted:
+            lonely = 2 * len(self._network.connected_keys()) < self._limits.target_peers
+            await trio.sleep(self._rng.uniform(0.5, 1.5) * (_SEARCH_S / 4 if lonely else _SEARCH_S))
+            if self._has_enough():
                 continue
             key = self._next_candidate()
             if key is not None:
@@ -261,15 +216,18 @@ class Discovery:
                 for connection in self._sample_connections(1):
                     await self.exchange.ask(connection)
 
+    def _has_enough(self) -> bool:
+        """As many as wanted, half of them chosen by us: whoever comes to us does not keep us from choosing."""
+        connections = self._connections(self._network.connected_keys())
+        outbound = sum(not connection.inbound for connection in connections)
+        return len(connections) >= self._limits.target_peers and 2 * outbound >= self._limits.target_peers
+
     def _next_candidate(self) -> bytes | None:
         """A source at random, then a peer at random from the subnets that we have the fewest connections to."""
-        by_source: dict[str, list[bytes]] = {}
-        for key in self._book.peers():
-            if self._is_candidate(key):
-                by_source.setdefault(self._book.source_of(key), []).append(key)
-        if not by_source:
+        drawn = ([key for key in keys if self._is_candidate(key)] for keys in self._book.draw(_DRAWN, self._rng))
+        candidates = next((keys for keys in drawn if keys), [])
+        if not candidates:
             return None
-        candidates = by_source[self._rng.choice(list(by_source))]
         taken = self._outbound_subnets()
         weights = {key: min(taken[subnet] for subnet in self._subnets(key)) for key in candidates}
         least = min(weights.values())
@@ -327,17 +285,6 @@ class Discovery:
             self._book.expire(trio.current_time())
             for connection in self._sample_connections(1):
                 await self.exchange.ask(connection)
-
-    async def _publish_loop(self) -> None:
-        """Leave our record with a few that everybody finds, before the one that they have is over."""
-        while True:
-            await self._pause(min(_PUBLISH_S, self._limits.record_s / 4) * self._rng.uniform(0.5, 1.0))
-            public = self._book.offering(RENDEZVOUS, trio.current_time())
-            known = [*self._kept, *self._rng.sample(public, len(public))]
-            connected_first = sorted(dict.fromkeys(known), key=lambda key: self._network.connection_to(key) is None)
-            for key in connected_first[:_PUBLISHED_TO]:
-                with trio.move_on_after(_LOOK_S):
-                    await self._ask_about(key, self._own, [])
 
     # -- who it turned out to be --------------------------------------------------------------------------------------
 

@@ -262,7 +262,7 @@ def candidates_of(book: AddressBook, outbound: Counter[str]) -> Counter[str]:
 
 async def test_the_search_prefers_subnets_that_we_are_not_connected_to() -> None:
     book = AddressBook(allow_private=False, peers=1000, addresses_per_peer=4)
-    for number in range(100):
+    for number in range(50):
         book.add(os.urandom(32), [f"/ip4/9.9.1.{number}/tcp/1"], source="a")
     book.add(os.urandom(32), ["/ip4/8.8.8.8/tcp/1"], source="a")
     assert set(candidates_of(book, Counter({"9.9.0.0/16": 1}))) == {"8.8.0.0/16"}
@@ -274,6 +274,40 @@ async def test_a_talkative_source_does_not_choose_our_peers() -> None:
         book.add(os.urandom(32), [f"/ip4/9.{number}.1.1/tcp/1"], source="talkative")
     book.add(os.urandom(32), ["/ip4/8.8.8.8/tcp/1"], source="quiet")
     assert candidates_of(book, Counter())["8.8.0.0/16"] > 120
+
+
+async def test_those_who_come_to_us_do_not_keep_us_from_choosing(lab) -> None:
+    """However many dial a node, it goes on to look for half of its peers itself."""
+    node, *crowd = [await lab.mesh(target_peers=0) for _ in range(5)]
+    await connect(*crowd, to=node)
+    node._network.limits = node._discovery._limits = replace(node.config.limits, target_peers=4)
+    honest = await lab.mesh(target_peers=0)
+    node.add_addresses(honest.key, honest.addrs)
+    with trio.fail_after(10):
+        await node.wait_until(lambda: node.is_connected(honest.key))
+
+
+async def test_several_that_want_a_key_search_once(lab) -> None:
+    a, b = await lab.pair(target_peers=0)
+    searches: list[bytes] = []
+    look_for = a._discovery._rendezvous._ask_around
+
+    async def counted(key: bytes) -> None:
+        searches.append(key)
+        await look_for(key)
+
+    a._discovery._rendezvous._ask_around = counted
+    key = KeyPair.from_seed(os.urandom(32)).public_key
+
+    async def want() -> None:
+        with pytest.raises(PeerUnreachable):
+            await a._discovery.connect(key)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(10):
+            nursery.start_soon(want)
+    assert searches == [key]
+    assert a.is_connected(b.key)
 
 
 async def test_questions_are_bounded(lab) -> None:
