@@ -16,6 +16,7 @@ from kaisar_p2p.identity import ss58_decode
 from node import views
 from node.api.metrics import metrics_text
 from node.api.requests import Fields, query_of
+from node.network_view import network_view
 from node.store import NodeEvent
 from protocols.interpreter.state import AccountState
 from protocols.proofs import ProofReport, verify_export
@@ -39,6 +40,7 @@ class Reading:
         return [
             Route("/v1/status", self.status),
             Route("/v1/peers", self.peers),
+            Route("/v1/network", self.network),
             Route("/v1/workers", self.workers),
             Route("/v1/checks", self.checks),
             Route("/v1/epochs", self.epochs),
@@ -96,6 +98,11 @@ class Reading:
                 for peer in sorted(self._node.mesh.peers(), key=lambda peer: peer.key)
             ]
         )
+
+    async def network(self, request: Request) -> JSONResponse:
+        """How this node stands in its network."""
+        query_of(request)
+        return JSONResponse(network_view(self._node))
 
     async def workers(self, request: Request) -> JSONResponse:
         """Registered workers, what their checks certified and what they advertise."""

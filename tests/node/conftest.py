@@ -17,6 +17,8 @@ from immutables import Map
 
 from kaisar_p2p.errors import MeshError, OrderRefused, RequestFailed
 from kaisar_p2p.identity import ss58_encode
+from kaisar_p2p.mesh import MeshReport, Reachability
+from kaisar_p2p.mesh.relay import RelayStatistics
 from node.api.address import ApiAddress
 from node.config import Config
 from node.index import Index
@@ -74,6 +76,16 @@ def sample_state() -> State:
         anchors=Map({0: Anchor(header, b"\x40" * 32, 27, 70, 100, 900)}),
         last_anchor=0,
     )
+
+
+def sample_report() -> MeshReport:
+    """A node that can be dialed."""
+    reached = Reachability(
+        "public", ("/ip4/203.0.113.7/tcp/4001",), "3 of 3 peers that were asked to dial us back came through", 0.0,
+        ("203.0.113.7",), True, 0.25,
+    )  # fmt: skip
+    listening = ("/ip4/192.168.1.20/tcp/4001",)
+    return MeshReport(reached, listening, "not asked for", (), RelayStatistics(0, 0, 0, 0, {}), True, 0, None)
 
 
 _ROOTS = (
@@ -203,14 +215,17 @@ class StubNode:
             connected_since=0.0,
             score=1.0,
             rtt_s=0.002,
+            relayed=False,
         )
         counters = SimpleNamespace(
             peers=1, connections=1, sent_bytes=10, received_bytes=20, refused={"rate": 2},
-            messages={("advert", "accept"): 3, ("", "duplicate"): 4},
+            messages={("advert", "accept"): 3, ("", "duplicate"): 4}, drops={}, pruned={},
         )  # fmt: skip
         self.mesh = SimpleNamespace(
-            addrs=("/ip4/127.0.0.1/tcp/4002",), peers=lambda: [peer], statistics=lambda: counters
-        )
+            addrs=("/ip4/127.0.0.1/tcp/4002",), peers=lambda: [peer], statistics=lambda: counters,
+            report=lambda: self.report, config=SimpleNamespace(pre_shared_key=None),
+        )  # fmt: skip
+        self.report = sample_report()
         self.store, self.index, self.effects = StubStore(), index, StubEffects()
         self.inbox = SimpleNamespace(depths=lambda: {"block": 0}, dropped={"effect-publish": 1})
         self.clock, self.started_at = SimpleNamespace(now=lambda: NOW_S), NOW_S - 90
