@@ -29,7 +29,7 @@ from kaisar_p2p.wire.codec import U8, AtMost, Bytes32, Count, Exactly, decode, e
 log = logging.getLogger(__name__)
 
 PROTOCOL = "/kaisar/peers/2"
-FRAME_BYTES = 96 * 1024
+FRAME_BYTES = 48 * 1024
 MAX_WANTED = 4
 SHARED_RECORDS = 16
 DEADLINE_S = 5.0

@@ -18,7 +18,8 @@ from kaisar_p2p.wire.codec import U8, U32, U64, AtMost, Bytes32, Count, message
 from kaisar_p2p.wire.crypto import KeyPair, sha256
 from kaisar_p2p.wire.envelope import Verified, open_signed, seal
 
-RECORD_BYTES = 4096
+RECORD_BYTES = 2048
+_FRAMING_BYTES = 256  # of a record: everything but the addresses
 MAX_ADDRESSES = 16
 ADDRESS_BYTES = 200
 SKEW_S = 2 * 3600
@@ -93,8 +94,7 @@ class OwnRecord:
 
     def envelope(self) -> bytes:
         """The signed record, as it travels."""
-        fitting = (text for text in self._addresses() if len(text.encode()) <= ADDRESS_BYTES)
-        addresses, now = tuple(fitting)[:MAX_ADDRESSES], self._clock()
+        addresses, now = _fitting(self._addresses()), self._clock()
         told = self._told
         if told is None or (told.addresses, told.services) != (addresses, self.services) or self._is_old(told, now):
             self._sign(addresses, now)
@@ -125,3 +125,15 @@ class OwnRecord:
             self._keys.public_key, self._sequence, addresses, max(0, int(now)), self._lifetime_s, self.services
         )
         self._envelope = seal(self._told, self._keys, self._network)
+
+
+def _fitting(addresses: Iterable[str]) -> tuple[str, ...]:
+    """The first ones that a record holds."""
+    chosen: list[str] = []
+    left = RECORD_BYTES - _FRAMING_BYTES
+    for text in addresses:
+        size = len(text.encode()) + 3
+        if size <= min(left, ADDRESS_BYTES + 3) and len(chosen) < MAX_ADDRESSES:
+            chosen.append(text)
+            left -= size
+    return tuple(chosen)

@@ -2,7 +2,7 @@
 
 Why no distributed hash table. The ledger lists the bootstrap nodes and every worker advertises itself, so that the
 only questions left are "who else is there" and "where is this key now". Swarms have tens to some thousands of nodes:
-4,096 signed records, of which each node keeps as many as it hears of, are two megabytes, where a table of buckets
+4,096 signed records, of which each node keeps as many as it hears of, are eight megabytes, where a table of buckets
 would need as many look-ups, keep-alives and republications to hold a fraction. And a DHT decides by the distance of
 freely chosen keys who answers for whom, which is what makes it easy to surround a key; here everybody may answer for
 everybody, answers carry the signature of whom they are about (`records`), and liars can only be silent.

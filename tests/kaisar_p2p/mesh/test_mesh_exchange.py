@@ -20,7 +20,7 @@ from kaisar_p2p.mesh import exchange as peers
 from kaisar_p2p.mesh.address_book import AddressBook
 from kaisar_p2p.mesh.addresses import parse
 from kaisar_p2p.mesh.discovery import Backoff, Discovery, subnet_of
-from kaisar_p2p.mesh.records import RELAY, AddressRecord, network_id
+from kaisar_p2p.mesh.records import RECORD_BYTES, RELAY, AddressRecord, network_id
 from kaisar_p2p.mesh.streams import MeshStream
 from kaisar_p2p.wire.codec import encode
 from kaisar_p2p.wire.crypto import KeyPair
@@ -313,5 +313,5 @@ async def test_several_that_want_a_key_search_once(lab) -> None:
 async def test_questions_are_bounded(lab) -> None:
     with pytest.raises(ValueError, match="at most 4"):
         encode(peers.PeersQuestion(bytes(8), NETWORK, b"", (bytes(32),) * 5, 0))
-    largest = peers.PeersAnswer(bytes(8), NETWORK, b"x" * 4096, (b"x" * 4096,) * 16)
+    largest = peers.PeersAnswer(bytes(8), NETWORK, b"x" * RECORD_BYTES, (b"x" * RECORD_BYTES,) * 16)
     assert len(encode(largest)) <= peers.FRAME_BYTES
