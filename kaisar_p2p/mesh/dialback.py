@@ -74,7 +74,7 @@ class DialBackServer:
         self._questions = PeerBuckets(_QUESTIONS_PER_S, _QUESTIONS_BURST)
         self._dials = PeerBuckets(_DIALS_PER_S, _DIALS_BURST)
         self._all_dials: TokenBucket | None = None
-        self._slots = trio.CapacityLimiter(limits.dialbacks)
+        self._slots = trio.CapacityLimiter(max(1, limits.dialbacks))
 
     async def handle(self, connection: Connection, stream: MuxedStream) -> None:
         """Serve a stream of `PROTOCOL`; raises what `serve` does, and TooSlowError."""
@@ -104,9 +104,10 @@ class DialBackServer:
 
     def _may_dial(self, connection: Connection, host: str) -> bool:
         """Dialing for others is bounded; never through a relay's address, nor into private networks."""
-        if connection.relayed or not host or not (self._allow_private or is_public(host)):
-            return False
         now, limits = trio.current_time(), self._network.limits
+        may_be = bool(host) and (self._allow_private or is_public(host))
+        if connection.relayed or not may_be or not limits.dialbacks:
+            return False
         if self._all_dials is None:
             self._all_dials = TokenBucket(limits.dialbacks_per_s, 4 * limits.dialbacks_per_s, now)
         if self._slots.available_tokens < 1 or not self._dials.try_take(voice_of(host, connection.key), now):

@@ -164,11 +164,21 @@ class Internet:
         self._cable(namespace, self._router, network)
         return await self._start(namespace, f"{network}.2", relay=relay, limits=limits)
 
-    async def home(self, nat: Nat, **limits: object) -> Subject:
-        """A mesh in a home network, behind a NAT that lets in what belongs to connections from inside only."""
+    async def home(self, nat: Nat, *, forwards: bool = False, **limits: object) -> Subject:
+        """A mesh in a home network, behind a NAT that lets in what belongs to connections from inside only.
+
+        With `forwards`, its owner has told the router to forward the port.
+        """
         gateway, machine, network = self._namespace(), self._namespace(), next(self._networks)
         self._cable(gateway, self._router, network)
-        self._cable(machine, gateway, f"192.168.{next(_numbers) % 200}")
+        inside = f"192.168.{next(_numbers) % 200}"
+        self._cable(machine, gateway, inside)
+        if forwards:
+            to = ("-p", "tcp", "--dport", str(PORT))
+            destination = f"{inside}.2:{PORT}"
+            dnat = ("-t", "nat", "-A", "PREROUTING", "-i", "up0", *to, "-j", "DNAT", "--to-destination", destination)
+            _inside(gateway, self._iptables, *dnat)
+            _inside(gateway, self._iptables, "-A", "FORWARD", "-i", "up0", *to, "-j", "ACCEPT")
         _inside(gateway, "sysctl", "-qw", "net.ipv4.ip_forward=1")
         ports = ("--random-fully",) if nat == "random-ports" else ()
         established = ("-m", "conntrack", "--ctstate", "ESTABLISHED,RELATED")

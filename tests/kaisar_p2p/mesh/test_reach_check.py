@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 
 import pytest
 import trio
 
 from kaisar_p2p.errors import RequestFailed
-from kaisar_p2p.mesh import Mesh, MeshLimits
+from kaisar_p2p.mesh import Mesh, MeshConfig, MeshLimits, open_mesh
 from kaisar_p2p.mesh.addresses import Address
 from kaisar_p2p.mesh.connection import Connection
 from kaisar_p2p.mesh.dialback import DIALED, FAILED, PROTOCOL, REFUSED, Answer, DialBackServer, Question, hand_over
@@ -103,6 +104,21 @@ async def test_a_node_that_others_dialed_asks_them(lab) -> None:
     other = await lab.mesh(reach_check_s=1000.0)
     other.keep_connected(mesh.key, mesh.addrs)
     await eventually(lambda: mesh.reachability().status == "public")
+
+
+async def test_in_a_private_swarm_the_dial_back_has_the_key_too() -> None:
+    config = MeshConfig(pre_shared_key=b"k" * 32, limits=replace(FAST, reach_check_s=0.2))
+    async with open_mesh(config, os.urandom(32)) as mesh, open_mesh(config, os.urandom(32)) as other:
+        mesh.keep_connected(other.key, other.addrs)
+        await eventually(lambda: mesh.reachability().status == other.reachability().status == "public")
+
+
+async def test_a_node_that_dials_nobody_back_says_so(lab) -> None:
+    mesh = await lab.mesh(reach_check_s=1000.0)
+    helper = await lab.mesh(dialbacks=0, reach_check_s=1000.0)
+    mesh.keep_connected(helper.key, helper.addrs)
+    await mesh.wait_connected()
+    assert (await ask(mesh, helper, mesh._network.bound[0].port)).results == (REFUSED,)
 
 
 async def test_a_dial_back_is_no_peer_and_no_failed_handshake(lab) -> None:
