@@ -8,7 +8,6 @@ https://datatracker.ietf.org/doc/html/rfc8290, chapter 4).
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING
 
 import trio
@@ -36,8 +35,8 @@ class Outbox:
         self._control: list[bytes] = []
         self._control_bytes = 0
         self._pong: bytes | None = None  # only the last one: a flood of pings gets few answers
-        self._newcomers: deque[MuxedStream] = deque()
-        self._others: deque[MuxedStream] = deque()
+        self._newcomers: list[MuxedStream] = []
+        self._others: list[MuxedStream] = []
         self._data_bytes = 0
         self._batch_bytes = 4 * _SMALLEST_BATCH
         self._writing = False
@@ -156,7 +155,7 @@ class Outbox:
         while size < self._batch_bytes and (newcomers or others):
             alone = len(newcomers) + len(others) == 1
             most = min(_FIRST_TURN_BYTES if newcomers and not alone else _TURN_BYTES, self._batch_bytes - size)
-            stream = (newcomers or others).popleft()
+            stream = (newcomers or others).pop(0)
             before = stream.outgoing_bytes
             size += stream.take_outgoing(batch, most)
             self._data_bytes -= before - stream.outgoing_bytes
