@@ -33,6 +33,7 @@ from kaisar_p2p.mesh.ids import id_of, key_of
 from kaisar_p2p.mesh.limits import MeshLimits
 from kaisar_p2p.mesh.pnet import CheckedStream, PreSharedKeyMismatch, protect
 from kaisar_p2p.mesh.pruning import Pruner
+from kaisar_p2p.mesh.racing import Race
 from kaisar_p2p.mesh.upgrade import Upgrader
 from kaisar_p2p.mesh.yamux import Muxer
 
@@ -138,7 +139,7 @@ class Network(Swarm):
 
     def connection_to(self, key: bytes) -> Connection | None:
         """The newest open connection with a peer; a relayed, then a retired one only when there is no other."""
-        entries = self._open.get(key)
+        entries = [connection for connection in self._open.get(key, ()) if connection.muxer.is_established]
         if not entries:
             return None
         usable = [connection for connection in reversed(entries) if not connection.retired]
@@ -313,13 +314,11 @@ class Network(Swarm):
             raise PeerUnreachable(
                 f"peer {key.hex()[:12]} is banned for misbehaviour", hint="a ban ends by itself, the longer the later"
             )
-        causes: list[str] = []
-        for address in addresses:
-            try:
-                with trio.fail_after(self.limits.dial_s):
-                    return await self._dial_address(key, address)
-            except Exception as error:  # noqa: BLE001  (the edge: the handshake of a stranger can raise anything)
-                causes.append(f"{address}: {_cause(error)}")
+        race = Race([partial(self._dial_address, key, address) for address in addresses], self.limits.dial_s)
+        connection = await race.winner()
+        if connection is not None:
+            return connection
+        causes = [f"{addresses[number]}: {_cause(error)}" for number, error in race.errors]
         raise PeerUnreachable(
             f"peer {key.hex()[:12]} cannot be reached at " + ("; ".join(causes) if causes else "any known address"),
             hint="is it running, and do the networks let you through?",
