@@ -1,0 +1,500 @@
+"""Relays on loopback: meshes that nobody can dial, as behind a NAT, reach each other."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import pytest
+import trio
+
+from kaisar_p2p.errors import PeerUnreachable, RequestFailed
+from kaisar_p2p.mesh import Mesh, MeshConfig, MeshLimits, MeshStream, open_mesh, relay_client
+from kaisar_p2p.mesh.addresses import Address, CircuitAddress, with_peer
+from kaisar_p2p.mesh.circuit_wire import (
+    HOP,
+    STOP,
+    HopMessage,
+    HopType,
+    Limit,
+    Status,
+    StopMessage,
+    StopType,
+    addresses_of,
+    framed,
+    receive,
+    send,
+)
+from kaisar_p2p.mesh.connection import Connection, TcpStream
+from kaisar_p2p.mesh.ids import id_bytes_of
+from kaisar_p2p.mesh.negotiation import confirm, proposal
+from kaisar_p2p.mesh.protobuf import parse_fields
+from kaisar_p2p.wire.verdict import Verdict
+
+from libp2p.peer.envelope import unmarshal_envelope  # isort: skip
+
+LIMITS = MeshLimits(heartbeat_s=0.1, keepalive_s=1.0, exchange_s=0.5, target_peers=0)
+
+
+async def _eventually(condition, within_s: float = 15.0) -> None:
+    with trio.fail_after(within_s):
+        while not condition():  # noqa: ASYNC110  (many conditions have no event)
+            await trio.sleep(0.005)
+
+
+async def _echo(stream: MeshStream) -> None:
+    while data := await stream.receive_some():
+        await stream.send_some(data)
+    await stream.send_eof()
+
+
+class Internet:
+    """Meshes on loopback; the hidden ones cannot be dialed by any other."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+        self._scopes: dict[bytes, tuple[trio.CancelScope, trio.Event]] = {}
+        self.hidden: set[int] = set()  # ports
+
+    async def relay(self, **limits: object) -> Mesh:
+        return await self._mesh(relay=True, limits=limits)
+
+    async def node(self, *relays: Mesh, hidden: bool = True, reserve: bool = True, **limits: object) -> Mesh:
+        """A node that is connected with the relays; a hidden one wants to have reservations at them."""
+        mesh = await self._mesh(relay=False, limits=limits)
+        if hidden:
+            self.hidden.add(mesh._network.bound[0].port)
+            mesh._relaying.client.want(reserve)
+        for relay in relays:
+            mesh.keep_connected(relay.key, relay.addrs)
+        with trio.fail_after(10):
+            await mesh.wait_connected(len(relays))
+        return mesh
+
+    async def hidden_node(self, *relays: Mesh, **limits: object) -> Mesh:
+        """As `node`, with its reservations."""
+        mesh = await self.node(*relays, **limits)
+        await _eventually(lambda: len(_circuits(mesh)) == len(relays))
+        return mesh
+
+    async def _mesh(self, *, relay: bool, limits: dict[str, object]) -> Mesh:
+        config = MeshConfig(relay=relay, network="test", limits=replace(LIMITS, **limits), mdns=False)  # type: ignore[arg-type]
+        mesh = await self._nursery.start(self._run, config)
+        dial = mesh._network.open_raw
+
+        async def open_raw(address: Address, *, fresh_port: bool = False) -> TcpStream:
+            if address.port in self.hidden:
+                raise OSError(errno.EHOSTUNREACH, "behind a NAT")
+            return await dial(address, fresh_port=fresh_port)
+
+        mesh._network.open_raw = open_raw  # type: ignore[method-assign]
+        mesh.serve("/echo", _echo, max_frame_bytes=1 << 20, per_peer=64, rate_per_s=1000)
+        return mesh
+
+    async def _run(self, config: MeshConfig, *, task_status: trio.TaskStatus[Mesh]) -> None:
+        stopped = trio.Event()
+        try:
+            with trio.CancelScope() as scope:
+                async with open_mesh(config, os.urandom(32)) as mesh:
+                    self._scopes[mesh.key] = (scope, stopped)
+                    task_status.started(mesh)
+                    await trio.sleep_forever()
+        finally:
+            stopped.set()
+
+    async def stop(self, mesh: Mesh) -> None:
+        scope, stopped = self._scopes[mesh.key]
+        scope.cancel()
+        await stopped.wait()
+
+
+@pytest.fixture
+async def internet() -> AsyncIterator[Internet]:
+    async with trio.open_nursery() as nursery:
+        yield Internet(nursery)
+        nursery.cancel_scope.cancel()
+
+
+async def _echoed(mesh: Mesh, peer: Mesh, data: bytes = b"hello", deadline_s: float = 10) -> bytes:
+    with trio.fail_after(deadline_s):
+        async with await mesh.open_stream(peer.key, "/echo", timeout_s=deadline_s, max_frame_bytes=1024) as stream:
+            received = b""
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_send_all, stream, data)
+                while part := await stream.receive_some():
+                    received += part
+            return received
+
+
+async def _send_all(stream: MeshStream, data: bytes) -> None:
+    await stream.send_some(data)
+    await stream.send_eof()
+
+
+def _relayed(mesh: Mesh, peer: Mesh) -> list[bool]:
+    return [info.relayed for info in mesh.peers() if info.key == peer.key]
+
+
+def _introduce(asker: Mesh, hidden: Mesh) -> None:
+    asker.add_addresses(hidden.key, _circuits(hidden))
+
+
+def _circuits(mesh: Mesh) -> list[str]:
+    return [address for address in mesh.addrs if "p2p-circuit" in address]
+
+
+# -- reaching each other ----------------------------------------------------------------------------------------------
+
+
+async def test_two_hidden_nodes_talk_over_a_relay(internet) -> None:
+    relay = await internet.relay()
+    a, b = await internet.hidden_node(relay), await internet.hidden_node(relay)
+    _introduce(a, b)
+    payload = os.urandom(1 << 20)
+    assert await _echoed(a, b, payload) == payload
+    assert _relayed(a, b) == _relayed(b, a) == [True]
+    carried = relay.relay_statistics()
+    assert (carried.reservations, carried.circuits) == (2, 1)
+    assert carried.relayed_bytes > 2 * len(payload)
+
+
+async def test_every_method_of_the_mesh_finds_the_way(internet) -> None:
+    relay = await internet.relay()
+    a, b = await internet.hidden_node(relay), await internet.hidden_node(relay)
+    _introduce(a, b)
+
+    async def answer(stream: MeshStream) -> None:
+        await stream.send_frame(await stream.receive_frame() + b" from " + stream.peer)
+
+    b.serve("/ask", answer, max_frame_bytes=100)
+    assert await a.request(b.key, "/ask", b"hi", deadline_s=5, max_reply_bytes=100) == b"hi from " + a.key
+
+
+async def test_the_addresses_over_relays_are_announced(internet) -> None:
+    relays = [await internet.relay() for _ in range(2)]
+    b = await internet.hidden_node(*relays)
+    assert sorted(_circuits(b)) == sorted(
+        f"{relay.addrs[0]}/p2p-circuit/p2p/{b.addrs[0].rsplit('/', 1)[1]}" for relay in relays
+    )
+
+
+async def test_a_peer_finds_a_hidden_one_by_asking_the_relay(internet) -> None:
+    relay = await internet.relay()
+    b = await internet.hidden_node(relay)
+    await _eventually(lambda: any(isinstance(at, CircuitAddress) for at in relay._book.of(b.key)))
+    a = await internet.node(relay, hidden=True)
+    assert await _echoed(a, b) == b"hello"
+
+
+async def test_gossip_crosses_a_relay_that_takes_no_part(internet) -> None:
+    relay = await internet.relay()
+    a, b = await internet.hidden_node(relay), await internet.hidden_node(relay)
+    _introduce(a, b)
+    received = b.subscribe("news", lambda *_message: (Verdict.ACCEPT, ""))
+    a.subscribe("news", lambda *_message: (Verdict.ACCEPT, ""))
+    await _echoed(a, b)
+    await _eventually(lambda: b.key in a.subscribers("news"))
+    await a.publish("news", b"hello")
+    with trio.fail_after(10):
+        message = await received.receive()
+    assert (message.data, message.author) == (b"hello", a.key)
+
+
+async def test_half_close_and_reset_cross_a_relay(internet) -> None:
+    relay = await internet.relay()
+    a, b = await internet.hidden_node(relay), await internet.hidden_node(relay)
+    _introduce(a, b)
+
+    async def count(stream: MeshStream) -> None:
+        size = 0
+        while data := await stream.receive_some():
+            size += len(data)
+        await stream.send_frame(str(size).encode())
+
+    async def impolite(stream: MeshStream) -> None:
+        await stream.receive_some()
+        await stream.reset()
+
+    b.serve("/count", count, max_frame_bytes=10)
+    b.serve("/impolite", impolite, max_frame_bytes=10)
+    with trio.fail_after(20):
+        stream = await a.open_stream(b.key, "/count", timeout_s=5, max_frame_bytes=100)
+        await stream.send_some(bytes(3_000_000))
+        await stream.send_eof()
+        assert await stream.receive_frame() == b"3000000"
+        stream = await a.open_stream(b.key, "/impolite", timeout_s=5, max_frame_bytes=100)
+        await stream.send_some(b"x")
+        with pytest.raises(RequestFailed):
+            await stream.receive_frame()
+    assert await _echoed(a, b) == b"hello"
+
+
+async def test_a_receiver_that_does_not_read_stops_the_sender_not_the_relay(internet) -> None:
+    relay = await internet.relay()
+    a, b = await internet.hidden_node(relay), await internet.hidden_node(relay)
+    _introduce(a, b)
+    go_on = trio.Event()
+
+    async def late(stream: MeshStream) -> None:
+        await go_on.wait()
+        await stream.send_frame(b"")
+        while await stream.receive_some():
+            pass
+
+    b.serve("/late", late, max_frame_bytes=10)
+    stream = await a.open_stream(b.key, "/late", timeout_s=5, max_frame_bytes=100)
+    with trio.move_on_after(1) as scope:  # long enough to send all, if somebody took it
+        await stream.send_some(bytes(64 << 20))
+    assert scope.cancelled_caught
+    assert relay.relay_statistics().relayed_bytes < 8 << 20
+    go_on.set()
+
+
+# -- when relays go ---------------------------------------------------------------------------------------------------
+
+
+async def test_another_relay_takes_over(internet) -> None:
+    first, second = await internet.relay(), await internet.relay()
+    a, b = await internet.hidden_node(first, second), await internet.hidden_node(first, second)
+    _introduce(a, b)
+    assert await _echoed(a, b) == b"hello"
+    used, other = (first, second) if first.relay_statistics().circuits else (second, first)
+    stream = await a.open_stream(b.key, "/echo", timeout_s=5, max_frame_bytes=100)
+    await internet.stop(used)
+    with pytest.raises(RequestFailed), trio.fail_after(10):
+        while await stream.receive_some():
+            pass
+        raise RequestFailed("it ended")
+    assert await _echoed(a, b) == b"hello"
+    assert other.relay_statistics().circuits == 1
+    await _eventually(lambda: b._relaying.client.relays == (other.key,))
+
+
+async def test_a_new_relay_replaces_one_that_is_gone(internet) -> None:
+    first = await internet.relay()
+    b = await internet.hidden_node(first, relays=1)
+    second = await internet.relay()
+    b.keep_connected(second.key, second.addrs)
+    await b.wait_connected(2)
+    assert b._relaying.client.relays == (first.key,)
+    await internet.stop(first)
+    await _eventually(lambda: b._relaying.client.relays == (second.key,), within_s=5)
+
+
+async def test_reservations_are_refreshed_before_they_run_out(internet, monkeypatch) -> None:
+    monkeypatch.setattr(relay_client, "_LIFETIME_S", (0.1, 0.5))
+    relay = await internet.relay(relay_asks_per_s=100.0)
+    asked: list[HopMessage] = []
+    reserve = relay._relaying.server._reserve
+    monkeypatch.setattr(relay._relaying.server, "_reserve", lambda *args: (asked.append(args), reserve(*args))[1])
+    b = await internet.hidden_node(relay)
+    await _eventually(lambda: len(asked) >= 4)
+    assert b._relaying.client.relays == (relay.key,)
+
+
+async def test_a_reservation_ends_with_the_connection(internet) -> None:
+    relay = await internet.relay()
+    b = await internet.hidden_node(relay)
+    assert relay.relay_statistics().reservations == 1
+    await internet.stop(b)
+    await _eventually(lambda: relay.relay_statistics().reservations == 0)
+
+
+async def test_reservations_end_when_they_are_not_wanted(internet) -> None:
+    relay = await internet.relay()
+    b = await internet.hidden_node(relay)
+    b._relaying.on_reachability("public")
+    await _eventually(lambda: not _circuits(b))
+
+
+# -- quotas -----------------------------------------------------------------------------------------------------------
+
+
+async def test_reservations_are_limited(internet) -> None:
+    relay = await internet.relay(relay_reservations=1)
+    await internet.hidden_node(relay)
+    late = await internet.node(relay)
+    await _eventually(lambda: relay.relay_statistics().refused.get("reservations", 0) > 0)
+    assert late._relaying.client.relays == ()
+
+
+async def test_reservations_of_an_address_are_limited(internet) -> None:
+    relay = await internet.relay(relay_reservations_per_address=2)
+    for _ in range(2):
+        await internet.hidden_node(relay)
+    await internet.node(relay)
+    await _eventually(lambda: relay.relay_statistics().refused.get("reservations of an address", 0) > 0)
+    assert relay.relay_statistics().reservations == 2
+
+
+async def test_strangers_bulk_is_refused(internet) -> None:
+    relay = await internet.relay(relay_stranger_bytes=300_000)
+    b = await internet.hidden_node(relay)
+    member, stranger = await internet.hidden_node(relay), await internet.node(relay, reserve=False)
+    for mesh in (member, stranger):
+        _introduce(mesh, b)
+    payload = os.urandom(1 << 20)
+    assert await _echoed(member, b, payload) == payload
+    assert await _echoed(stranger, b) == b"hello"
+    with pytest.raises((RequestFailed, ExceptionGroup)):
+        assert await _echoed(stranger, b, payload) == payload
+    assert relay.relay_statistics().refused["data"] == 1
+    await _eventually(lambda: relay.relay_statistics().circuits == 1)
+
+
+async def test_the_node_says_who_is_a_member(internet) -> None:
+    relay = await internet.relay(relay_stranger_bytes=300_000)
+    a, b = await internet.hidden_node(relay), await internet.hidden_node(relay)
+    relay.relay_members(lambda key: key == b.key)
+    _introduce(a, b)
+    with pytest.raises((RequestFailed, ExceptionGroup, AssertionError)):
+        assert await _echoed(a, b, bytes(1 << 20)) == bytes(1 << 20)
+    relay.relay_members(lambda _key: True)
+    await _eventually(lambda: not a.is_connected(b.key))
+    assert await _echoed(a, b, bytes(1 << 20)) == bytes(1 << 20)
+
+
+async def test_a_circuit_has_an_end(internet) -> None:
+    relay = await internet.relay(relay_member_s=1.0, relay_stranger_s=1.0)
+    a, b = await internet.hidden_node(relay), await internet.hidden_node(relay)
+    _introduce(a, b)
+    stream = await a.open_stream(b.key, "/echo", timeout_s=5, max_frame_bytes=100)
+    with pytest.raises(RequestFailed), trio.fail_after(10):
+        await stream.receive_some()
+    assert relay.relay_statistics().refused == {"duration": 1}
+    assert await _echoed(a, b) == b"hello"
+
+
+async def test_circuits_of_a_peer_are_limited(internet) -> None:
+    relay = await internet.relay(relay_circuits_per_peer=1)
+    a, b, c = [await internet.hidden_node(relay) for _ in range(3)]
+    for mesh in (a, c):
+        _introduce(mesh, b)
+    assert await _echoed(a, b) == b"hello"
+    with pytest.raises(PeerUnreachable, match="resource limit exceeded"):
+        await _echoed(c, b)
+    assert await _echoed(a, b) == b"hello"
+
+
+async def test_all_circuits_together_keep_to_the_rate(internet) -> None:
+    relay = await internet.relay(relay_bytes_per_s=500_000.0)
+    a, b = await internet.hidden_node(relay), await internet.hidden_node(relay)
+    _introduce(a, b)
+    began = trio.current_time()
+    await _echoed(a, b, bytes(750_000))  # both ways, half a million of it at once
+    assert trio.current_time() - began > 1.5
+
+
+# -- protocol ---------------------------------------------------------------------------------------------------------
+
+
+async def _hop(connection: Connection, data: bytes) -> HopMessage:
+    stream = connection.muxer.open_stream_nowait()
+    with trio.fail_after(5):
+        await stream.write(proposal(HOP))
+        await confirm(stream, HOP)
+        await stream.write(data)
+        return HopMessage.decode(await receive(stream))
+
+
+@pytest.mark.parametrize(
+    ("message", "status"),
+    [
+        (b"\x03abc", Status.MALFORMED_MESSAGE),
+        (b"\xff\xff\x7f", Status.MALFORMED_MESSAGE),
+        (b"\x00", Status.MALFORMED_MESSAGE),
+        (framed(HopMessage(HopType.STATUS, status=100)), Status.UNEXPECTED_MESSAGE),
+        (framed(HopMessage(77)), Status.UNEXPECTED_MESSAGE),
+        (framed(HopMessage(HopType.CONNECT)), Status.MALFORMED_MESSAGE),
+        (framed(HopMessage(HopType.CONNECT, peer=b"nobody")), Status.MALFORMED_MESSAGE),
+        (framed(HopMessage(HopType.CONNECT, peer=id_bytes_of(bytes(32)))), Status.NO_RESERVATION),
+    ],
+)
+async def test_what_a_relay_answers_to_nonsense(internet, message: bytes, status: Status) -> None:
+    relay = await internet.relay()
+    node = await internet.node(relay, hidden=False)
+    connection = node._network.connection_to(relay.key)
+    assert (await _hop(connection, message)).status == status
+    assert node.is_connected(relay.key)
+
+
+async def test_what_a_reservation_says(internet) -> None:
+    relay = await internet.relay()
+    node = await internet.node(relay, hidden=False)
+    answer = await _hop(node._network.connection_to(relay.key), framed(HopMessage(HopType.RESERVE)))
+    assert (answer.type, answer.status) == (HopType.STATUS, Status.OK)
+    assert answer.limit == Limit(math.ceil(LIMITS.relay_member_s), LIMITS.relay_member_bytes)
+    assert abs(answer.reservation.expires_at - time.time() - LIMITS.relay_reservation_s) < 60
+    assert [with_peer(at, key) for at, key in addresses_of(answer.reservation.addresses)] == list(relay.addrs)
+    envelope = unmarshal_envelope(answer.reservation.voucher)
+    envelope.validate("libp2p-relay-rsvp")
+    voucher = parse_fields(envelope.raw_payload)
+    assert voucher == {
+        1: [id_bytes_of(relay.key)],
+        2: [id_bytes_of(node.key)],
+        3: [answer.reservation.expires_at],
+    }
+
+
+async def test_there_is_no_relaying_over_relays(internet) -> None:
+    relay = await internet.relay()
+    a = await internet.hidden_node(relay)
+    b = await internet.hidden_node(relay)
+    _introduce(a, b)
+    await _echoed(a, b)
+    b._relaying.server.start()
+    relayed = a._network.connection_to(b.key)
+    assert (await _hop(relayed, framed(HopMessage(HopType.RESERVE)))).status == Status.PERMISSION_DENIED
+
+
+async def test_only_relays_that_we_chose_may_bring_connections(internet) -> None:
+    relay, stranger = await internet.relay(), await internet.relay()
+    b = await internet.hidden_node(relay)
+    b._relaying.client.want(False)
+    b.keep_connected(stranger.key, stranger.addrs)
+    await b.wait_connected(2)
+    connection = stranger._network.connection_to(b.key)
+    stream = connection.muxer.open_stream_nowait()
+    with trio.fail_after(5):
+        await stream.write(proposal(STOP))
+        await confirm(stream, STOP)
+        await send(stream, StopMessage(StopType.CONNECT, peer=id_bytes_of(bytes(32))))
+        answer = StopMessage.decode(await receive(stream))
+    assert answer.status == Status.PERMISSION_DENIED
+
+
+async def test_a_relay_cannot_pretend_to_be_the_peer(internet) -> None:
+    relay = await internet.relay()
+    a, b, c = [await internet.hidden_node(relay) for _ in range(3)]
+    server = relay._relaying.server
+    server._connection_with = lambda _key: relay._network.connection_to(c.key)  # leads to somebody else
+    _introduce(a, b)
+    with pytest.raises(PeerUnreachable):
+        await _echoed(a, b)
+    assert not a.is_connected(b.key)
+
+
+# -- from relayed to direct -------------------------------------------------------------------------------------------
+
+
+async def test_a_public_peer_is_dialed_back_and_streams_in_progress_go_on(internet) -> None:
+    relay = await internet.relay()
+    b = await internet.hidden_node(relay)
+    a = await internet.node(relay, hidden=False)
+    _introduce(a, b)
+    early = await a.open_stream(b.key, "/echo", timeout_s=5, max_frame_bytes=100)
+    await _eventually(lambda: _relayed(a, b) == _relayed(b, a) == [False])
+    with trio.fail_after(10):
+        await early.send_some(b"still here")
+        assert await early.receive_some() == b"still here"
+        carried = relay.relay_statistics().relayed_bytes
+        assert await _echoed(a, b, bytes(1 << 20)) == bytes(1 << 20)
+        assert relay.relay_statistics().relayed_bytes - carried < 100_000
+        await early.send_eof()
+        assert await early.receive_some() == b""
+    await early.aclose()
+    await _eventually(lambda: relay.relay_statistics().circuits == 0)
