@@ -164,10 +164,10 @@ class Internet:
         self._cable(namespace, self._router, network)
         return await self._start(namespace, f"{network}.2", relay=relay, limits=limits)
 
-    async def home(self, nat: Nat, *, forwards: bool = False, **limits: object) -> Subject:
+    async def home(self, nat: Nat, *, forwards: bool = False, upnp: bool = False, **limits: object) -> Subject:
         """A mesh in a home network, behind a NAT that lets in what belongs to connections from inside only.
 
-        With `forwards`, its owner has told the router to forward the port.
+        With `forwards`, its owner has told the router to forward the port; with `upnp`, the router does when asked.
         """
         gateway, machine, network = self._namespace(), self._namespace(), next(self._networks)
         self._cable(gateway, self._router, network)
@@ -189,10 +189,23 @@ class Internet:
             ("-A", "INPUT", "-i", "up0", "-j", "DROP"),
         ):
             _inside(gateway, self._iptables, *rule)
-        return await self._start(machine, f"{network}.2", relay=None, limits=limits)
+        if upnp:
+            await self._router_with_upnp(gateway, f"{inside}.1", f"{network}.2")
+        return await self._start(machine, f"{network}.2", relay=None, limits=limits, upnp=upnp)
 
-    async def _start(self, namespace: str, host: str, *, relay: bool | None, limits: dict[str, object]) -> Subject:
-        settings = {"listen": [f"/ip4/0.0.0.0/tcp/{PORT}"], "relay": relay, "limits": limits}
+    async def _router_with_upnp(self, gateway: str, inner: str, outer: str) -> None:
+        script = str(_PROCESS.with_name("igd_process.py"))
+        command = ["ip", "netns", "exec", gateway, sys.executable, script, inner, outer, self._iptables]
+        process = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE)
+        self._stack.push_async_callback(_end, process)
+        assert process.stdout is not None
+        with trio.fail_after(30):
+            assert await process.stdout.receive_some() == b"ready\n"
+
+    async def _start(
+        self, namespace: str, host: str, *, relay: bool | None, limits: dict[str, object], upnp: bool = False
+    ) -> Subject:
+        settings = {"listen": [f"/ip4/0.0.0.0/tcp/{PORT}"], "relay": relay, "limits": limits, "upnp": upnp}
         command = ["ip", "netns", "exec", namespace, sys.executable, str(_PROCESS), json.dumps(settings)]
         process = await trio.lowlevel.open_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._stack.push_async_callback(_end, process)

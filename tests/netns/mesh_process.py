@@ -38,6 +38,7 @@ class Subject:
             "peers": {info.key.hex(): info.relayed for info in mesh.peers()},
             "reach": reach.status,
             "how": reach.how,
+            "mapping": mesh.port_mapping(),
             "reached_at": list(reach.addresses),
             "observed": list(reach.observed),
             "keeps_ports": reach.keeps_ports,
@@ -134,7 +135,7 @@ async def main(settings: dict[str, Any]) -> None:
         listen=tuple(settings["listen"]),
         network="lab",
         relay=settings.get("relay"),
-        upnp=False,
+        upnp=settings.get("upnp", False),
         mdns=False,
         limits=MeshLimits(**settings.get("limits", {})),
     )

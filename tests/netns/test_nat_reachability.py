@@ -47,3 +47,12 @@ async def test_one_helper_is_enough_to_know_but_not_to_announce(internet) -> Non
     await internet.connect(home, host)
     found = await home.until(lambda info: info["reach"] == "public")
     assert found["reached_at"] == []
+
+
+async def test_a_router_with_upnp_is_asked_and_peers_confirm(internet) -> None:
+    hosts = [await internet.host() for _ in range(2)]
+    home = await internet.home("random-ports", upnp=True)
+    await internet.connect(home, *hosts)
+    found = await home.until(lambda info: info["reach"] == "public" and bool(info["reached_at"]))
+    assert found["mapping"] == f"the router forwards {home.host} port 4001"
+    assert found["reached_at"] == [f"/ip4/{home.host}/tcp/4001"]
