@@ -124,9 +124,14 @@ class Reputation:
         return False
 
     def ban(self, key: bytes, now: float) -> float:
-        """Refuse the peer for the returned seconds; half of the points that ban stay with it."""
+        """Refuse the peer for the returned seconds; half of the points that ban stay with it.
+
+        Several offences found at once, on connections that are just being closed, are one strike.
+        """
         self.changes += 1
         record = self._open(key, now)
+        if record.banned_until > now:
+            return record.banned_until - now
         self._charge_address(key, BAN_POINTS, 1.0, now)
         return self._strike(record, 1.0, self._ban_max_s, now)
 

@@ -40,6 +40,7 @@ _NOWAIT_QUEUE = 64 * 1024  # above this, `write_nowait` leaves it to its caller 
 _SMALL_PIECE = 4 * 1024  # received pieces below this share memory: many tiny frames cost no more than their bytes
 _SHARED_PIECE = 32 * 1024
 _SMALL_BACKLOG = 64 * 1024  # a stream with less is not the one to blame when memory runs short
+_SMALLEST_BACKLOG = 4 * 1024  # …unless it runs very short
 _LINGER_S = 30.0  # a stream that we closed and the peer did not
 
 
@@ -54,6 +55,13 @@ class ReceivedBytes:
     def too_many(self) -> bool:
         """More than the node wants to hold."""
         return self.held > self.most
+
+    def to_blame(self, backlog: int) -> bool:
+        """A stream with so many of them has to go: at first only large ones, at twice the limit all but the smallest.
+
+        Thousands of streams of many keys, each with a little, would otherwise hold several times the limit.
+        """
+        return self.too_many and backlog > (_SMALL_BACKLOG if self.held <= 2 * self.most else _SMALLEST_BACKLOG)
 
 
 class MuxedStream(IMuxedStream):
@@ -316,7 +324,7 @@ class MuxedStream(IMuxedStream):
         self._keep(data)
         memory = self._connection.received
         memory.held += len(data)
-        if memory.too_many and self._received_bytes > _SMALL_BACKLOG:
+        if memory.to_blame(self._received_bytes):
             log.warning("stream of %s reset: too much is waiting to be read", self._connection.peer_id)
             self.reset_nowait()
         if self._readable is not None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from kaisar_p2p.mesh.admission import Door, Origin, Standing, Visitor, gives_way, origin_of, worst_of
 from kaisar_p2p.mesh.limits import MeshLimits, SharedBytes
+from kaisar_p2p.mesh.yamux_stream import ReceivedBytes
 
 IDLE_S = 300.0
 LIMITS = MeshLimits(
@@ -202,7 +203,18 @@ def test_two_peers_never_take_each_others_place_in_turns(one: Standing, other: S
         assert gives_way(fresh, returning, IDLE_S) is None
 
 
-# -- shared memory ----------------------------------------------------------------------------------------------------
+# -- memory ----------------------------------------------------------------------------------------------------
+
+
+def test_small_backlogs_go_when_memory_runs_very_short() -> None:
+    memory = ReceivedBytes(1000)
+    for held, large, small, tiny in (
+        (1000, False, False, False),
+        (1001, True, False, False),
+        (2001, True, True, False),
+    ):
+        memory.held = held
+        assert (memory.to_blame(70_000), memory.to_blame(60_000), memory.to_blame(4000)) == (large, small, tiny)
 
 
 @given(st.lists(st.tuples(st.sampled_from([b"a", b"b", b"c"]), st.integers(1, 40)), max_size=60))

@@ -55,6 +55,14 @@ def test_each_ban_is_longer_than_the_last_up_to_a_limit() -> None:
     assert lengths[-1] == 7200
 
 
+def test_what_is_found_during_a_ban_is_no_further_strike() -> None:
+    reputation = Reputation(60.0)
+    reputation.ban(KEY, 0.0)
+    assert reputation.ban(KEY, 1.0) == 59.0
+    assert reputation.penalise(KEY, BAN_POINTS, 2.0)
+    assert 60 < reputation.ban(KEY, 61.0) <= 300
+
+
 def test_strikes_keep_a_peer_out_of_the_meshes_for_hours() -> None:
     reputation = Reputation(60.0)
     reputation.ban(KEY, 0.0)
