@@ -34,6 +34,7 @@ _REDIAL_S, _REDIAL_MAX_S = 0.25, 30.0
 _SEARCH_S = 1.0
 _DRAWN = 64  # candidates that are compared
 _COMPLAINT_S = 600.0
+_ALONE_AFTER = 6  # failures: some ten seconds
 _FOREIGN_S = 300.0
 _FOREIGN_PEERS = 1024
 _GOODBYE_S = 0.5
@@ -45,6 +46,11 @@ class Backoff:
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
         self._failures = 0
+
+    @property
+    def failures(self) -> int:
+        """In a row, at most 16."""
+        return self._failures
 
     def next_s(self) -> float:
         """The delay after another failure."""
@@ -157,7 +163,8 @@ class Discovery:
     def _complain(self, key: bytes, attempts: _Attempts, error: PeerUnreachable) -> None:
         """The first failure and then every ten minutes, where somebody can do something about it."""
         now, told_at = trio.current_time(), attempts.complained_at
-        matters = self._kept.get(key) or self.is_foreign(key)
+        is_alone = attempts.backoff.failures >= _ALONE_AFTER and not self._network.connected_keys()
+        matters = self._kept.get(key) or self.is_foreign(key) or is_alone
         if matters and (told_at is None or now - told_at >= _COMPLAINT_S):
             attempts.complained_at = now
             log.warning("%s; it is tried again and again", error)

@@ -246,6 +246,21 @@ async def test_a_peer_that_was_asked_for_and_cannot_be_reached_is_told_once(lab,
     assert "refused" in warnings[0]
 
 
+async def test_a_bootstrap_that_is_gone_matters_to_who_is_alone(lab, caplog) -> None:
+    gone, hub = await lab.mesh(), await lab.mesh(target_peers=0)
+    key, addrs = gone.key, gone.addrs
+    await lab.stop(gone)
+    alone, met = await lab.mesh(target_peers=0), await lab.mesh(target_peers=0)
+    await connect(met, to=hub)
+    with caplog.at_level(logging.WARNING):
+        for node in (met, alone):
+            node._discovery._attempts_at(key).backoff._failures = 4  # some seconds later
+            node.keep_connected(key, addrs)
+        await eventually(lambda: key.hex()[:12] in caplog.text)
+        await eventually(lambda: met._discovery._attempts_at(key).backoff.failures >= 6)
+    assert len([each for each in caplog.messages if key.hex()[:12] in each]) == 1
+
+
 def candidates_of(book: AddressBook, outbound: Counter[str]) -> Counter[str]:
     """Which /16 the search takes its next peers from."""
     network = SimpleNamespace(
