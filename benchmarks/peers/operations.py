@@ -20,6 +20,8 @@ from benchmarks.peers.interface import (
     HEAD_BYTES,
     RESET,
     SINK,
+    Message,
+    Peer,
     PeerFailed,
     content,
 )
@@ -364,6 +366,23 @@ class Operations(ABC):
     async def _open(self, key: str, protocol: str) -> ByteStream:
         with trio.fail_after(_OPEN_S):
             return await self.open(key, protocol)
+
+
+class LocalPeer(Peer):
+    """A peer in this process."""
+
+    def __init__(self, name: str, operations: Operations) -> None:
+        super().__init__()
+        self.name, self.key, self.addrs = name, operations.key, operations.addrs
+        self._operations = operations
+        operations.report = lambda *message: self._report.send_nowait(Message(*message))
+
+    async def call(self, operation: str, **arguments: Any) -> dict[str, Any]:
+        """Do an operation; raises PeerFailed."""
+        try:
+            return await self._operations.operate(operation, **arguments)
+        except (StreamWasReset, trio.TooSlowError) as error:
+            raise PeerFailed(f"{self.name}, {operation}: {error!r}") from None
 
 
 def key_of_peer_id(peer_id: str) -> str:

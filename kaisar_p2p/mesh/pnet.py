@@ -220,11 +220,11 @@ async def protect(tcp: TcpStream, key: bytes, patience_s: float | None = None) -
     """Exchange nonces, on either side of a connection; what follows is encrypted.
 
     `patience_s` is for the nonce and then for the first bytes of a peer that we dialed, None for one that dialed us.
-    Raises PreSharedKeyMismatch, here or at the first use of the stream, and ConnectionClosedError.
+    Raises PreSharedKeyMismatch, here or at the first use of the stream.
     """
     ours, theirs = os.urandom(NONCE_BYTES), b""
-    await tcp.write(ours)
-    with trio.move_on_after(patience_s or float("inf")):
+    with trio.move_on_after(patience_s or float("inf")), contextlib.suppress(ConnectionClosedError):
+        await tcp.write(ours)
         while len(theirs) < NONCE_BYTES:
             part = await tcp.read(NONCE_BYTES - len(theirs))
             theirs += part
@@ -234,7 +234,7 @@ async def protect(tcp: TcpStream, key: bytes, patience_s: float | None = None) -
             return PrivateStream(tcp.stream, key, ours, theirs, patience_s)
     if patience_s is None:
         await _let_it_leave(tcp)
-    raise PreSharedKeyMismatch("the peer has no pre-shared key, and this network has one", hint=_HINT)
+    raise PreSharedKeyMismatch("the peer behaves as if it had no pre-shared key, and this network has one", hint=_HINT)
 
 
 async def _let_it_leave(tcp: TcpStream) -> None:

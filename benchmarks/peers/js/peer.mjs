@@ -113,7 +113,10 @@ function receive (stream, consume) {
 
 function serve (protocol, handler) {
   return node.handle(protocol, (stream) => {
-    handler(stream).catch((error) => stream.abort(error))
+    handler(stream).catch((error) => {
+      if (process.env.PEER_DEBUG) console.error(protocol, error)
+      stream.abort(error)
+    })
   }, { maxInboundStreams: 1e4, maxOutboundStreams: 1e4, runOnLimitedConnection: true })
 }
 

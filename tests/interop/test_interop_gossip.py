@@ -1,0 +1,88 @@
+"""Signed gossip with js-libp2p and go-libp2p at meshsub 1.1: a thousand messages both ways, and through them."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+
+from benchmarks.peers.interface import HEAD_BYTES, Message, Peer
+from tests.interop.conftest import TOPIC, eventually, subscribed
+
+pytestmark = pytest.mark.interop
+
+COUNT = 1000
+RATE_PER_S = 400.0  # the daemon's own queue in front of its subscriber has 32 places
+
+
+async def collect(peer: Peer, count: int) -> list[Message]:
+    """The next messages with a number."""
+    found: list[Message] = []
+    with trio.fail_after(30):
+        while len(found) < count:
+            message = await peer.messages.receive()
+            if len(message.data) >= HEAD_BYTES:
+                found.append(message)
+    return found
+
+
+def numbers(messages: list[Message]) -> list[int]:
+    return sorted(int.from_bytes(message.data[8:HEAD_BYTES], "big") for message in messages)
+
+
+async def test_a_thousand_messages_both_ways(pair) -> None:
+    ours, foreign = pair
+    await subscribed(ours, foreign)
+    received: dict[str, list[Message]] = {}
+
+    async def receive(peer: Peer) -> None:
+        received[peer.key] = await collect(peer, COUNT)
+
+    async with trio.open_nursery() as nursery:
+        for peer in pair:
+            nursery.start_soon(receive, peer)
+            nursery.start_soon(lambda p=peer: p.publish_many(TOPIC, count=COUNT, size=300, rate_per_s=RATE_PER_S))
+    for receiver, sender in (pair, reversed(pair)):
+        messages = received[receiver.key]
+        assert numbers(messages) == list(range(COUNT))  # none lost, none twice
+        assert {message.author for message in messages} == {sender.key}
+        assert {len(message.data) for message in messages} == {300}
+    verdicts = ours.mesh.statistics().messages
+    assert not [verdict for verdict in verdicts if verdict[1] == "reject"]
+
+
+async def test_large_messages(pair) -> None:
+    """Several frames of Noise and of yamux each."""
+    ours, foreign = pair
+    await subscribed(ours, foreign)
+    for sender, receiver in (pair, reversed(pair)):
+        await sender.publish_many(TOPIC, count=10, size=200_000, rate_per_s=20)
+        messages = await collect(receiver, 10)
+        assert numbers(messages) == list(range(10))
+        assert {len(message.data) for message in messages} == {200_000}
+
+
+async def test_messages_pass_through_a_foreign_peer(lab, kind: str) -> None:
+    """Two of ours know each other only over one of theirs, which forwards what they have signed."""
+    left, middle, right = await lab.ours(), await lab.foreign(kind), await lab.ours()
+    for outer in (left, right):
+        await outer.dial(middle.addrs[0])
+    await subscribed(left, middle, right)
+    for sender, receiver in ((left, right), (right, left)):
+        await sender.publish_many(TOPIC, count=100, size=300, rate_per_s=100)
+        messages = await collect(receiver, 100)
+        assert numbers(messages) == list(range(100))
+        assert {message.author for message in messages} == {sender.key}
+    assert left.key not in await right.peers()
+
+
+async def test_who_leaves_a_topic_is_known(pair) -> None:
+    ours, foreign = pair
+    await subscribed(ours, foreign)
+    assert await ours.subscribers(TOPIC) == [foreign.key]
+    assert await foreign.subscribers(TOPIC) == [ours.key]
+    await foreign.hang_up(ours.key)
+
+    async def nobody() -> bool:
+        return foreign.key not in await ours.subscribers(TOPIC)
+
+    await eventually(nobody)
