@@ -4,7 +4,7 @@ set shell := ["bash", "-euo", "pipefail", "-c"]
 set positional-arguments := true
 
 bin := ".venv/bin"
-elsewhere := "not slow and not swarm and not attack and not docker and not chain and not browser and not gpu and not netns"
+elsewhere := "not slow and not swarm and not interop and not attack and not docker and not chain and not browser and not gpu and not netns"
 
 # List the recipes
 [private]
@@ -75,6 +75,10 @@ test-swarm *args: setup
 # Attack a node in every way that is known, and look whether its honest peers notice (a few minutes)
 test-attacks *args: setup
     {{ bin }}/python -m pytest -m attack "$@"
+
+# Run the tests against js-libp2p and go-libp2p, which are installed into .interop/ (needs npm)
+test-interop *args: setup
+    {{ bin }}/python -m pytest -m interop "$@"
 
 # Run the tests that need a Docker engine; they are skipped, with the reason, where none answers
 test-docker *args: setup
