@@ -16,7 +16,7 @@ from typing import Annotated
 
 import trio
 
-from kaisar_p2p.errors import DecodeError, MeshError
+from kaisar_p2p.errors import MeshError
 from kaisar_p2p.mesh.connection import Connection
 from kaisar_p2p.mesh.limits import PeerBuckets
 from kaisar_p2p.mesh.network import Network
@@ -96,15 +96,11 @@ class KeyConflicts:
                 log.debug("%s does not hear that its key is in use elsewhere: %s", informed.key.hex()[:12], error)
 
     async def serve(self, connection: Connection, stream: MeshStream) -> None:
-        """A peer says that somebody else uses our key."""
+        """A peer says that somebody else uses our key; raises DecodeError and RequestFailed."""
         if not self._heard.try_take(connection.key, trio.current_time()):
             await stream.reset()
             return
-        try:
-            notice = decode(KeyInUse, await stream.receive_frame())
-        except DecodeError:
-            await stream.reset()
-            return
+        notice = decode(KeyInUse, await stream.receive_frame())
         if notice.instance != self._own_instance:
             self._conclude(f"peer {connection.key.hex()[:12]} is also connected with it at {notice.host!r}")
 

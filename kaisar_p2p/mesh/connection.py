@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from kaisar_p2p.errors import DecodeError
 from kaisar_p2p.mesh.addresses import AnyAddress
 from kaisar_p2p.mesh.admission import origin_of
 from kaisar_p2p.mesh.negotiation import BrokenNegotiation, respond
@@ -163,7 +164,7 @@ class Connection(SwarmConn):
         except Exception as error:  # noqa: BLE001  (the edge of the stream's task)
             log.debug("stream from %s ends: %r", self.muxer.peer_id, error)
             stream.reset_nowait()
-            if isinstance(error, BrokenNegotiation):
+            if isinstance(error, BrokenNegotiation | DecodeError):
                 self.swarm.on_offence(self, error)
         finally:
             self._handling -= 1

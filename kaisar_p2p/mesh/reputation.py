@@ -17,7 +17,7 @@ from dataclasses import dataclass
 REJECTED_POINTS = 10.0  # a message that its own author sends us
 FORWARDED_POINTS = 4.0  # of another author: the sender should have checked it, but did not make it
 IMPATIENT_POINTS = 2.0  # a GRAFT during backoff
-BROKEN_STREAM_POINTS = 10.0  # a stream that is not multistream-select
+BROKEN_STREAM_POINTS = 10.0  # a stream that is not multistream-select, a message that cannot be decoded
 UNAUTHENTIC_POINTS = 20.0  # a frame that does not authenticate: somebody on the way may have changed it
 HANDSHAKE_POINTS = 1.0  # of an address: a handshake that came to nothing
 BAN_POINTS = 100.0

@@ -15,6 +15,7 @@ from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamEOF,
 
 from kaisar_p2p.errors import PeerUnreachable, RequestFailed
 from kaisar_p2p.mesh import Mesh, MeshConfig, MeshLimits, MeshStream, open_mesh
+from kaisar_p2p.mesh.conflicts import PROTOCOL as KEY_IN_USE
 from kaisar_p2p.mesh.connection import Connection, TcpStream
 from kaisar_p2p.mesh.ids import key_pair_of
 from kaisar_p2p.mesh.negotiation import proposal
@@ -98,6 +99,14 @@ async def test_streams_of_garbage_add_up_to_a_ban(lab, nursery) -> None:
                 await stream.read()
     await gone(connection)
     assert not await stranger.is_let_in(mesh)
+
+
+async def test_messages_that_cannot_be_decoded_add_up_too(lab, nursery) -> None:
+    mesh, stranger = await lab.mesh(), Stranger(nursery)
+    connection = await stranger.dial(mesh)
+    stream = connection.muxer.open_stream_nowait()
+    await stream.write(proposal(KEY_IN_USE) + (4).to_bytes(4, "big") + b"junk")
+    await eventually(lambda: mesh._reputation.score(stranger.key, trio.current_time()) < -9)
 
 
 async def test_an_honest_goodbye_and_silence_cost_nothing(lab, nursery) -> None:
@@ -197,6 +206,23 @@ async def test_who_misbehaved_gives_way_first_and_who_is_kept_never(lab, nursery
     assert {mesh.is_connected(strangers[number].key) for number in (0, 2)} == {True}
     assert not mesh.is_connected(strangers[1].key)
     assert mesh.statistics().pruned == {"blame": 1}
+
+
+async def test_when_all_is_full_a_peer_that_we_want_gets_the_place_of_one_without_use(lab, nursery) -> None:
+    mesh = await lab.mesh(connections=2, outbound_reserved=1, target_peers=0)
+    (stranger,) = await fill(mesh, nursery, 1)
+    others = [await lab.mesh(target_peers=0) for _ in range(2)]
+    mesh.add_addresses(others[0].key, others[0].addrs)
+    await mesh._discovery.connect(others[0].key)
+    for other in others:
+        mesh.add_addresses(other.key, other.addrs)
+    with pytest.raises(PeerUnreachable):  # nobody is worse than a stranger
+        await mesh._discovery.connect(others[1].key)
+    mesh.keep_connected(others[1].key, others[1].addrs)
+    await eventually(lambda: mesh.is_connected(others[1].key))
+    assert mesh.statistics().connections == 2
+    assert mesh.statistics().pruned == {"kept": 1}
+    assert not (mesh.is_connected(stranger.key) and mesh.is_connected(others[0].key))
 
 
 async def test_who_has_a_request_open_stays_while_another_can_go(lab, nursery) -> None:
