@@ -89,18 +89,21 @@ class AddressBook:
         """
         taken = 0
         for text in multiaddrs:
-            address = self._dialable(key, text, trusted=trusted or lan)
+            address = self._dialable(key, text, trusted=trusted or lan, told=bool(source))
             if address is not None:
                 taken += self._note(key, address, source, lan=lan)
         return taken
 
-    def take(self, record: Record, source: str, now: float) -> bool:
+    def take(self, record: Record, source: str, now: float, *, itself: bool = False) -> bool:
         """Note what a peer has signed; False when that is not newer than what is known.
 
-        The addresses take the place of those in the record before.
+        The addresses take the place of those in the record before. `itself`: the peer brought it, so that it counts
+        as its own from now on, and cannot be pushed out by whoever spoke of it first.
         """
         told = record.message
         known = self._known.get(told.key)
+        if known is not None and itself and known.source not in ("", source):
+            self._move(told.key, known, source)
         before = known.record if known is not None else None
         if before is not None and told.sequence <= before.message.sequence:
             return False
@@ -108,7 +111,7 @@ class AddressBook:
         if known is None:
             return False
         known.record, known.expires = record, now + told.lifetime_s
-        addresses = [self._dialable(told.key, text, trusted=False) for text in told.addresses]
+        addresses = [self._dialable(told.key, text, trusted=False, told=True) for text in told.addresses]
         usable = [address for address in addresses if address is not None][: self._per_peer]
         for gone in [each for each, spot in known.spots.items() if spot.signed and each not in usable]:
             del known.spots[gone]
@@ -116,7 +119,8 @@ class AddressBook:
             self._note(told.key, address, source, signed=True)
         return True
 
-    def _dialable(self, key: bytes, text: str, *, trusted: bool) -> AnyAddress | None:
+    def _dialable(self, key: bytes, text: str, *, trusted: bool, told: bool = False) -> AnyAddress | None:
+        """The address in a text, unless it is not one to dial. A name that is only `told` may lead to a private one."""
         try:
             address, named = parse_any(text)
         except ValueError:
@@ -125,7 +129,8 @@ class AddressBook:
             return None
         if isinstance(address, CircuitAddress) and address.relay == key:
             return None
-        if trusted or not address.is_private:
+        is_name = not (address.through if isinstance(address, CircuitAddress) else address).kind.startswith("ip")
+        if trusted or not (address.is_private or (told and is_name)):
             return address
         allowed = self._allow_loopback if is_loopback(address) else self._allow_private
         return address if allowed else None
@@ -153,6 +158,8 @@ class AddressBook:
         """The entry of a peer, made if there is room or somebody gives way; None when there is none."""
         known = self._known.get(key)
         if known is not None:
+            if known.source and not source:
+                self._move(key, known, source)
             self._sources[known.source].move_to_end(key)
             return known
         if source and len(self._sources.get(source, ())) >= max(1, self._peers // _SHARE_OF_A_SOURCE):
@@ -171,10 +178,20 @@ class AddressBook:
             self._forget(oldest)
 
     def _forget(self, key: bytes) -> None:
-        source = self._known.pop(key).source
+        self._leave(key, self._known.pop(key).source)
+
+    def _leave(self, key: bytes, source: str) -> None:
         del self._sources[source][key]
         if not self._sources[source]:
             del self._sources[source]
+
+    def _move(self, key: bytes, known: _Known, source: str) -> None:
+        """From now on another source has brought this peer."""
+        if source and len(self._sources.get(source, ())) >= max(1, self._peers // _SHARE_OF_A_SOURCE):
+            return
+        self._leave(key, known.source)
+        known.source = source
+        self._sources.setdefault(source, OrderedDict())[key] = None
 
     # -- what became of it --------------------------------------------------------------------------------------------
 

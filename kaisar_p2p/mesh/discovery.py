@@ -23,6 +23,7 @@ from kaisar_p2p.mesh.connection import Connection
 from kaisar_p2p.mesh.exchange import FRAME_BYTES, PROTOCOL, PeerExchange
 from kaisar_p2p.mesh.limits import MeshLimits
 from kaisar_p2p.mesh.network import Network
+from kaisar_p2p.mesh.records import RELAY
 from kaisar_p2p.mesh.rendezvous import Rendezvous
 from kaisar_p2p.mesh.settling import Settling
 
@@ -221,7 +222,7 @@ class Discovery:
             elif trio.current_time() >= next_question:
                 next_question = trio.current_time() + asking.next_s()
                 for connection in self._sample_connections(1):
-                    await self.exchange.ask(connection)
+                    await self._ask(connection)
 
     def _has_enough(self) -> bool:
         """As many as wanted, half of them chosen by us: whoever comes to us does not keep us from choosing."""
@@ -279,7 +280,12 @@ class Discovery:
     def on_connected(self, connection: Connection) -> None:
         """Whoever dialed starts the exchange."""
         if not connection.inbound:
-            self._soon(self.exchange.ask, connection)
+            self._soon(self._ask, connection)
+
+    async def _ask(self, connection: Connection) -> None:
+        """Tell and learn; while we know of no relay, one is what we most like to hear of."""
+        services = 0 if self._book.offering(RELAY, trio.current_time()) else RELAY
+        await self.exchange.ask(connection, (), services)
 
     def on_addresses_changed(self) -> None:
         """Tell everybody that we are connected with."""
@@ -291,7 +297,7 @@ class Discovery:
             await trio.sleep(self._limits.exchange_s * self._rng.uniform(0.5, 1.5))
             self._book.expire(trio.current_time())
             for connection in self._sample_connections(1):
-                await self.exchange.ask(connection)
+                await self._ask(connection)
 
     # -- who it turned out to be --------------------------------------------------------------------------------------
 

@@ -134,7 +134,7 @@ class PeerExchange:
         if told.record:
             record = self._checked(connection, told.record)
             if record is not None and record.signer == connection.key:
-                self._book.take(record, source_of(connection.remote_host), trio.current_time())
+                self._book.take(record, source_of(connection.remote_host), trio.current_time(), itself=True)
                 self._note_observed(connection, record)
         connection.instance = told.instance
         self.on_met(connection)

@@ -72,6 +72,29 @@ def test_one_source_fills_a_quarter_of_the_book_with_its_own() -> None:
     assert ALICE in known.peers()
 
 
+def test_who_spoke_of_a_peer_first_cannot_push_it_out_later() -> None:
+    known = book(peers=40)
+    genuine = signed(KEYS[0], "/ip4/8.8.8.8/tcp/1")
+    known.take(genuine, "liar", 0)
+    known.add(KEYS[1].public_key, ["/ip4/8.8.8.8/tcp/2"], source="liar")
+    assert not known.take(genuine, "itself", 0, itself=True)  # nothing new, but from the peer
+    known.add(KEYS[1].public_key, ["/ip4/8.8.8.8/tcp/2"])  # and the ledger names the other
+    for keys in KEYS[2:]:
+        known.take(signed(keys, "/ip4/9.9.9.9/tcp/1"), "liar", 0)
+    assert known.source_of(ALICE) == "itself"
+    assert known.source_of(KEYS[1].public_key) == ""
+    assert {ALICE, KEYS[1].public_key} < set(known.peers())
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_name_that_a_stranger_tells_may_lead_to_a_private_address(allowed: bool) -> None:
+    known = book(allow_private=allowed)
+    known.take(signed(KEYS[0], "/dns4/localhost/tcp/6379"), "a", 0)
+    assert bool(known.of(ALICE)) == allowed
+    known.add(ALICE, ["/dns4/kaisar.example/tcp/4001"])  # the ledger's
+    assert "/dns4/kaisar.example/tcp/4001" in texts(known)
+
+
 @given(st.lists(st.tuples(st.integers(0, 59), st.sampled_from(["", "a", "b", "c", "mdns"])), max_size=120))
 def test_the_book_stays_bounded_and_keeps_what_is_pinned(steps: list[tuple[int, str]]) -> None:
     known = book(peers=12)

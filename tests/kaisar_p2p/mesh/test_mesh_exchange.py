@@ -20,7 +20,7 @@ from kaisar_p2p.mesh import exchange as peers
 from kaisar_p2p.mesh.address_book import AddressBook
 from kaisar_p2p.mesh.addresses import parse
 from kaisar_p2p.mesh.discovery import Backoff, Discovery, subnet_of
-from kaisar_p2p.mesh.records import RECORD_BYTES, RELAY, AddressRecord, network_id
+from kaisar_p2p.mesh.records import RECORD_BYTES, RELAY, AddressRecord, network_id, open_record
 from kaisar_p2p.mesh.streams import MeshStream
 from kaisar_p2p.wire.codec import encode
 from kaisar_p2p.wire.crypto import KeyPair
@@ -134,6 +134,18 @@ async def test_a_key_is_found_over_several_hops(lab) -> None:
     await eventually(lambda: hub._book.record_of(third.key, trio.current_time()) is not None)
     assert wanted.key not in hub._book.peers()
     assert await asker.request(wanted.key, "/echo", b"hi", deadline_s=10, max_reply_bytes=100) == b"hi"
+
+
+async def test_relays_are_heard_of_among_many(lab) -> None:
+    asker, hub = await lab.mesh(target_peers=0), await lab.mesh(target_peers=0)
+    for number in range(200):
+        keys = KeyPair.from_seed(number.to_bytes(32, "big"))
+        told = envelope(keys, keys.public_key, "/ip4/127.0.0.1/tcp/1", services=RELAY if number == 99 else 0)
+        hub._book.take(open_record(told, NETWORK, time.time()), str(number), trio.current_time())
+    await connect(asker, to=hub)
+    relay = KeyPair.from_seed((99).to_bytes(32, "big")).public_key
+    await eventually(lambda: asker._offering(RELAY) == [relay])
+    assert 1 < len(asker._book.peers()) <= 18
 
 
 async def test_a_key_that_nobody_knows_is_given_up_soon(lab) -> None:
