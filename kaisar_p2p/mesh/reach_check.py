@@ -46,6 +46,8 @@ _RETRY_S, _RETRY_MAX_S = 5.0, 120.0  # while nothing is known
 _AGAIN_S = 60.0  # at the earliest, whatever a stranger does
 _LOOK_S = 30.0  # at our own addresses
 _OBSERVERS = 16  # peers asked how they see us
+_CLOCK_SET_S = 2.0
+_CLOCKS = 4  # peers whose clocks are asked for, whoever dialed
 _STRANGERS = 64
 
 _CAN = {"public": " dial this node", "private": "not dial this node", "unknown": " perhaps dial this node"}
@@ -110,6 +112,7 @@ class ReachCheck:
         self._retries = 0
         self._hosts: tuple[str, ...] = ()
         self._warned = False
+        self._clock_offset_s = 0.0  # of the wall clock from trio's
         self._wake = trio.Event()
         network.upgrader.take_secret = self._take_secret  # type: ignore[attr-defined]
 
@@ -203,6 +206,11 @@ class ReachCheck:
         return min(_LOOK_S, max(0.0, self._next_round - trio.current_time()))
 
     def _notice_changes(self) -> None:
+        offset_s = self._wall_clock() - trio.current_time()
+        if abs(offset_s - self._clock_offset_s) > _CLOCK_SET_S:
+            self._clock_offset_s = offset_s
+            self._clocks.forget()
+            self._asked.clear()
         hosts = self._own_hosts()
         if hosts == self._hosts:
             return
@@ -220,11 +228,12 @@ class ReachCheck:
     # -- how are we seen ----------------------------------------------------------------------------------------------
 
     async def _observe(self) -> None:
-        """Ask new outbound connections how they see us, and what time it is."""
-        fresh = [each for each in self._direct() if not each.inbound and each.key not in self._asked]
-        room = max(0, _OBSERVERS - len(self._asked))
+        """Ask new connections how they see us, and what time it is; those that others made only when ours are few."""
+        fresh = [each for each in self._direct() if each.key not in self._asked]
+        ours = [each for each in fresh if not each.inbound][: max(0, _OBSERVERS - len(self._asked))]
+        theirs = [each for each in fresh if each.inbound][: max(0, _CLOCKS - len(self._asked) - len(ours))]
         async with trio.open_nursery() as nursery:
-            for connection in fresh[:room]:
+            for connection in (*ours, *theirs):
                 self._asked[connection.key] = connection
                 nursery.start_soon(self._ask, connection, (), ())
 
@@ -251,8 +260,8 @@ class ReachCheck:
     def _learn(self, connection: Connection, answer: Answer, sent_at: float, *, in_passing: bool) -> None:
         voice = voice_of(connection.remote_host, connection.key)
         host = host_of(answer.host)
-        if self._may_speak(host) and self._may_speak(connection.remote_host):
-            kept = answer.port == connection.local_port if connection.local_port and not connection.inbound else None
+        if not connection.inbound and self._may_speak(host) and self._may_speak(connection.remote_host):
+            kept = answer.port == connection.local_port if connection.local_port else None
             self._observed.note(voice, host, trio.current_time(), kept_port=kept)
         if in_passing:  # a dial-back takes seconds: too blurred to compare clocks
             self._clocks.note(voice, (sent_at + self._wall_clock()) / 2 - answer.clock_ms / 1000)
@@ -337,6 +346,7 @@ class ReachCheck:
             self._retries = min(self._retries + 1, 16)
         else:
             delay_s, self._retries = interval_s, 0
+            self._asked.clear()  # how they see us now
         self._next_round = trio.current_time() + delay_s * self._rng.uniform(0.8, 1.2)
 
 

@@ -138,6 +138,10 @@ class PeerClocks:
         while len(self._ahead) > OBSERVERS:
             self._ahead.popitem(last=False)
 
+    def forget(self) -> None:
+        """Our clock was set."""
+        self._ahead.clear()
+
     def skew_s(self) -> float | None:
         """Seconds that our clock is ahead; None before three voices were heard."""
         return statistics.median(self._ahead.values()) if len(self._ahead) >= CLOCKS_AGREE else None

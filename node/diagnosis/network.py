@@ -43,8 +43,7 @@ def check_reachability(findings: Findings, network: Answer) -> None:
     how = f"{reach['how']}{ago}"
     match reach["status"]:
         case "public":
-            where = f" at {', '.join(reach['addresses'])}" if reach["addresses"] else ""
-            findings.ok("reachable", f"yes{where}: {how}")
+            findings.ok("reachable", f"yes: {how}")
         case "private":
             findings.warn("reachable", f"no: {how}", _advice(network))
         case _:
@@ -102,7 +101,7 @@ def check_helpers(findings: Findings, network: Answer) -> None:
     else:
         findings.ok(
             "relays",
-            f"none needed; it carries {carried['circuits']} connections of others,"
+            f"none is used; this node carries {carried['circuits']} connections of others,"
             f" {carried['reservations']} nodes hold a place",
         )
     findings.ok("local network", "looked for peers by mDNS" if network["on_lan"] else "mDNS is off")

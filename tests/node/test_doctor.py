@@ -153,7 +153,7 @@ def test_a_node_that_is_well_is_said_to_be(beside: Invoke) -> None:
     assert json.loads(result.out)["running"] is True
     found = by_check(result.out)
     assert {one["grade"] for one in found.values()} == {"ok"}
-    assert found["reachable"]["text"].startswith("yes at /ip4/203.0.113.7/tcp/4001: 3 of 3 peers")
+    assert found["reachable"]["text"].startswith("yes: 3 of 3 peers")
     assert (
         found["seen as"]["text"] == "203.0.113.7, behind address translation: it keeps ports, which suits hole punching"
     )

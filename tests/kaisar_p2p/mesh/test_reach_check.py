@@ -176,6 +176,31 @@ async def test_a_clock_that_is_an_hour_off_is_noticed(lab, caplog: pytest.LogCap
     ]
 
 
+async def test_a_node_that_dials_nobody_still_learns_the_time(lab) -> None:
+    """A bootstrap node; what those who came by themselves say about its address is not believed."""
+    mesh = await lab.mesh(reach_check_s=1000.0, target_peers=0)
+    for _ in range(3):
+        other = await lab.mesh(reach_check_s=1000.0, target_peers=0)
+        other.keep_connected(mesh.key, mesh.addrs)
+    await eventually(lambda: mesh.reachability().clock_skew_s is not None)
+    assert mesh.reachability().observed == ()
+
+
+async def test_a_clock_that_was_set_is_compared_again(lab) -> None:
+    mesh = await lab.mesh(target_peers=0, reach_check_s=1000.0)
+    wrong_s = -3600.0
+    mesh._reach._wall_clock = lambda: trio.current_time() + wrong_s
+    for _ in range(3):
+        other = await lab.mesh(reach_check_s=1000.0)
+        server = DialBackServer(other._network, trio.current_time, allow_private=True)
+        other._network.handlers[PROTOCOL] = server.handle
+        mesh.keep_connected(other.key, other.addrs)
+    await eventually(lambda: (mesh.reachability().clock_skew_s or 0) < -3590)
+    wrong_s = 0.0
+    mesh._reach._wake.set()
+    await eventually(lambda: abs(mesh.reachability().clock_skew_s or 99) < 5)
+
+
 # -- the answering side -----------------------------------------------------------------------------------------------
 
 
