@@ -39,13 +39,13 @@ class MeshLimits:
     negotiation_s: float = 10.0  # multistream-select on a new stream
     dial_s: float = 5.0  # one address
     private_hello_s: float = 0.9  # dialing in a private swarm: the peer's nonce, and then its first bytes
-    keepalive_s: float = 12.0  # of silence, then we ping; after 2.4 times that a connection is dead
+    keepalive_s: float = 11.0  # of silence, then we ping; after 2.4 times that a connection is dead: within 30 s
     buffered_bytes: int = 64 * 1024 * 1024  # received on streams and not read yet, all peers together
     served_bytes: int = 64 * 1024 * 1024  # of requests and answers that served streams hold, all peers together
     outbound_frames: int = 512  # gossip messages waiting for one peer, the oldest of the least important give way
     outbound_bytes: int = 4 * 1024 * 1024
-    flush_s: float = 0.02  # about so long gossip gathers before it is sent, unless we have been quiet
-    spread_s: float = 0.08  # at most so long waits a message that its receiver has probably got from others
+    flush_s: float = 0.02  # about so long gossip gathers before it is sent; our own does not when we have been quiet
+    spread_s: float = 0.2  # at most so long waits a message that its receiver has probably got from others
     inbound_messages: int = 2048  # waiting for a verdict, the least important give way; of each heavy topic a quarter
     inbound_bytes: int = 16 * 1024 * 1024
     inbound_wait_s: float = 2.0  # messages that wait longer are dropped, but for the most important

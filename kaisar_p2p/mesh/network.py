@@ -52,6 +52,7 @@ from multiaddr import Multiaddr  # isort: skip
 
 log = logging.getLogger(__name__)
 
+_GRACE_S = 0.5
 _RETIRED_S = 10.0
 _RETIRED_RELAYED_S = 24 * 3600.0  # a tunnel that began before the direct connection goes on; the relay has limits
 _ANY_ADDRESS = Multiaddr("/ip4/0.0.0.0/tcp/0")  # the library only logs it
@@ -150,6 +151,8 @@ class Network(Swarm):
         """Open nothing on this connection any more; close it when the streams it has are over, or after a while."""
         connection.retired = True
         self.on_retired(connection)
+        with trio.move_on_after(_GRACE_S):  # the peer may open streams on it until it knows of the other
+            await connection.event_closed.wait()
         with trio.move_on_after(_RETIRED_RELAYED_S if connection.relayed else _RETIRED_S):
             await connection.muxer.wait_without_streams()
         await connection.close()
@@ -238,7 +241,7 @@ class Network(Swarm):
             self.refused[reason] += 1
             await stream.aclose()
             return
-        sockets.notice_loss(stream.socket, 3 * self.limits.keepalive_s)
+        sockets.notice_loss(stream.socket, 2.5 * self.limits.keepalive_s)
         with trio.CancelScope() as scope:
             visitor = self.door.enter(origin, now, scope.cancel)
             try:
@@ -340,7 +343,7 @@ class Network(Swarm):
         """
         source = None if fresh_port else sockets.dialing_source(address, self.bound)
         stream = await sockets.connect(address, source)
-        sockets.notice_loss(stream.socket, 3 * self.limits.keepalive_s)
+        sockets.notice_loss(stream.socket, 2.5 * self.limits.keepalive_s)
         if self._pre_shared_key is None:
             return CheckedStream(stream)
         try:

@@ -303,7 +303,7 @@ async def test_a_flood_of_identities_leaves_nothing_behind(lab, nursery) -> None
 
 
 async def test_sockets_notice_a_pulled_cable(lab) -> None:
-    first, second = await lab.pair(keepalive_s=10.0)
+    first, second = await lab.pair(keepalive_s=12.0)
     for mesh in (first, second):
         tcp = _tcp_of(mesh._network.open_connections()[0])
         assert tcp.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)

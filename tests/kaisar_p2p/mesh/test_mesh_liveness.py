@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 import trio
 
-from kaisar_p2p.mesh import Mesh
+from kaisar_p2p.mesh import Mesh, MeshLimits
 
 _PEER = """
 import sys, trio
@@ -65,4 +65,4 @@ async def test_a_stopped_process_is_noticed(lab) -> None:
 
 @pytest.mark.slow
 async def test_a_stopped_process_is_noticed_within_30_s_by_default(lab) -> None:
-    await _notices(await lab.mesh(keepalive_s=10.0, target_peers=0), within_s=30)
+    await _notices(await lab.mesh(keepalive_s=MeshLimits().keepalive_s, target_peers=0), within_s=30)
