@@ -78,6 +78,7 @@ class Muxer(IMuxedConn):
         self.on_stream: Callable[[MuxedStream], object] | None = None  # takes inbound streams, or `accept_stream` does
         self._limits = limits or MeshLimits()
         self.received = received or ReceivedBytes(self._limits.buffered_bytes)
+        self.unread_bytes = 0  # of our part of them
         self._session = session
         self._initiator = session.is_initiator if is_initiator is None else is_initiator
         self._next_id = 1 if self._initiator else 2
@@ -261,7 +262,7 @@ class Muxer(IMuxedConn):
             most = _DENSE_READ_BYTES if size < count * _DENSE_FRAME_BYTES else min(READ_BYTES, 2 * most)
             debt_s = frames.take(count, now)
             if debt_s:
-                await trio.sleep(min(debt_s, 1.0))
+                await trio.sleep(debt_s)
             if self._outbox.control_congested:  # a peer that makes us answer but does not read is not read either
                 await self._outbox.control_sent()
 
