@@ -10,6 +10,7 @@ import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from protocols.actions import Duty, Note, Publish, Store
 from protocols.genesis import Genesis, write_genesis
 from protocols.interpreter.calls import Transfer
 from protocols.params import KAI
+from tests.node.command_line import command_line
 
 PATIENCE_S = 30.0
 RunningNode = Callable[..., AbstractAsyncContextManager[Node]]
@@ -189,6 +191,25 @@ async def test_two_nodes_meet(home: Callable[..., Config]) -> None:
             assert [peer.key for peer in one.mesh.peers()] == [two.key]
             await ask(second, "/v1/status")
         await one.mesh.wait_until(lambda: not one.mesh.peers())
+
+
+async def test_two_nodes_tell_each_other_that_they_can_be_reached(home: Callable[..., Config]) -> None:
+    first = home("first")
+    async with running(first) as node:
+        join = [node.mesh.addrs[0]]
+        second = home("second", ledger=first.ledger_path, network__join=join, network__limits={"reach_check_s": 0.2})
+        async with running(second) as other:
+            while other.mesh.reachability().status != "public":  # noqa: ASYNC110  (nobody tells when)
+                await trio.sleep(0.05)
+            answer = await ask(second, "/v1/network")
+            assert answer["reachability"]["status"] == "public"
+            assert answer["peers"] == {"connected": 1, "in": 0, "out": 1, "relayed": 0}
+            result = await trio.to_thread.run_sync(
+                partial(command_line(), "doctor", "--json", "--data-dir", str(second.data_directory))
+            )
+    assert result.code == 0, result.out
+    grades = {one["check"]: one["grade"] for one in json.loads(result.out)["checks"]}
+    assert (grades["node"], grades["peers"], grades["reachable"]) == ("ok", "ok", "ok")
 
 
 async def test_two_nodes_with_one_machine_key_live_side_by_side(home: Callable[..., Config]) -> None:
