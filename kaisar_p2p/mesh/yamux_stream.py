@@ -41,6 +41,7 @@ _SMALL_PIECE = 4 * 1024  # received pieces below this share memory: many tiny fr
 _SHARED_PIECE = 32 * 1024
 _SMALL_BACKLOG = 64 * 1024  # a stream with less is not the one to blame when memory runs short
 _SMALLEST_BACKLOG = 4 * 1024  # …unless it runs very short
+_CONNECTIONS_SHARE = 3  # one connection may hold a third of what the node holds
 _LINGER_S = 30.0  # a stream that we closed and the peer did not
 
 
@@ -56,12 +57,19 @@ class ReceivedBytes:
         """More than the node wants to hold."""
         return self.held > self.most
 
-    def to_blame(self, backlog: int) -> bool:
+    def to_blame(self, backlog: int, of_connection: int | None = None) -> bool:
         """A stream with so many of them has to go: at first only large ones, at twice the limit all but the smallest.
 
-        Thousands of streams of many keys, each with a little, would otherwise hold several times the limit.
+        Thousands of streams of many keys, each with a little, would otherwise hold several times the limit. Of a
+        connection that holds more than its share all but the smallest go; one that holds next to nothing is spared
+        for as long as memory does not run very short: others have filled it.
         """
-        return self.too_many and backlog > (_SMALL_BACKLOG if self.held <= 2 * self.most else _SMALLEST_BACKLOG)
+        if of_connection is not None and of_connection > self.most // _CONNECTIONS_SHARE:
+            return backlog > _SMALLEST_BACKLOG
+        if self.held > 2 * self.most:
+            return backlog > _SMALLEST_BACKLOG
+        spared = of_connection is not None and of_connection <= FIRST_WINDOW
+        return self.too_many and backlog > _SMALL_BACKLOG and not spared
 
 
 class MuxedStream(IMuxedStream):
@@ -324,7 +332,8 @@ class MuxedStream(IMuxedStream):
         self._keep(data)
         memory = self._connection.received
         memory.held += len(data)
-        if memory.to_blame(self._received_bytes):
+        self._connection.unread_bytes += len(data)
+        if memory.to_blame(self._received_bytes, self._connection.unread_bytes):
             log.warning("stream of %s reset: too much is waiting to be read", self._connection.peer_id)
             self.reset_nowait()
         if self._readable is not None:
@@ -373,6 +382,7 @@ class MuxedStream(IMuxedStream):
     def _uncount(self, size: int) -> None:
         if self._counted:
             self._connection.received.held -= size
+            self._connection.unread_bytes -= size
 
     def end_with_connection(self) -> None:
         """The connection is over: what has arrived can be read, but nobody waits for memory because of it."""
