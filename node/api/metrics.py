@@ -34,6 +34,11 @@ def _metrics(node: Node) -> Iterator[tuple[str, str, str, list[tuple[Labels, flo
     yield "open_orders", "gauge", "Orders on the ledger that have not ended.", [({}, orders)]
     yield "advertised_workers", "gauge", "Workers whose advert is fresh.", [({}, live)]
     yield "certificates", "gauge", "Certificates in this node's index.", [({}, len(node.index.certificates))]
+    report = node.mesh.report()
+    reachable = {"public": 1, "private": 0, "unknown": -1}[report.reachability.status]
+    yield "reachable", "gauge", "Others can dial this node: 1 yes, 0 no, -1 not known.", [({}, reachable)]
+    yield "relays", "gauge", "Relays that take connections for this node.", [({}, len(report.relays))]
+    yield "relayed_bytes_total", "counter", "Carried for others.", [({}, report.carrying.relayed_bytes)]
     yield "peers", "gauge", "Connected peers.", [({}, mesh.peers)]
     yield "connections", "gauge", "Open connections.", [({}, mesh.connections)]
     yield "sent_bytes_total", "counter", "To peers.", [({}, mesh.sent_bytes)]

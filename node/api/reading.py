@@ -69,6 +69,7 @@ class Reading:
                 **views.amount("stake", account.stake_planck),
                 "addrs": list(node.mesh.addrs),
                 "peers": len(node.mesh.peers()),
+                "reachable": node.mesh.report().reachability.status,
                 "runtime": node.runtime.name if node.runtime is not None else None,
                 "uptime_s": int(node.clock.now() - node.started_at),
                 "pid": os.getpid(),

@@ -32,6 +32,7 @@ def status(data_dir: DataDir = None, as_json: AsJson = False) -> None:
             ("Stake", kai("stake")),
             ("Addresses", "addrs"),
             ("Peers", "peers"),
+            ("Reachable", lambda row: f"{row['reachable']} (`kaisar doctor` says more)"),
             ("Runtime", "runtime"),
             ("Running for", lambda row: duration(row["uptime_s"])),
             ("Process", "pid"),
