@@ -230,7 +230,8 @@ class Network(Swarm):
                 await listener.aclose()
             raise
         self.bound = tuple(_bound_address(listener) for listener in listeners)
-        self._nursery.start_soon(partial(trio.serve_listeners, self._serve_inbound, listeners))
+        if listeners:
+            self._nursery.start_soon(partial(trio.serve_listeners, self._serve_inbound, listeners))
 
     async def _serve_inbound(self, stream: trio.SocketStream) -> None:
         """One accepted connection, from its first byte to its end."""
