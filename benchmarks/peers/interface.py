@@ -25,6 +25,7 @@ import trio
 ECHO, SINK, DIGEST = "/peers/echo/1", "/peers/sink/1", "/peers/digest/1"
 FLOOD, FRAME, RESET = "/peers/flood/1", "/peers/frame/1", "/peers/reset/1"
 
+CIRCUIT = "/p2p-circuit"  # behind a relay's address: where to listen, and with a peer id behind it, whom to dial
 NETWORK = "peers"  # of this project's mesh when it is under control
 
 PERIOD = 251  # of the content of streams: a prime, so that parts that swap places are noticed

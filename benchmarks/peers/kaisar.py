@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -11,11 +12,11 @@ from typing import Any, TypeVar
 import trio
 
 from benchmarks.peers import control
-from benchmarks.peers.interface import NETWORK, PeerConfig, PeerFailed
+from benchmarks.peers.interface import CIRCUIT, NETWORK, PeerConfig, PeerFailed
 from benchmarks.peers.operations import HANDLERS, ByteStream, Operations, StreamWasReset
 from kaisar_p2p.errors import KaisarError, RequestFailed
 from kaisar_p2p.mesh import GossipMessage, Mesh, MeshConfig, MeshLimits, MeshStream, open_mesh, peer_of
-from kaisar_p2p.mesh.addresses import parse
+from kaisar_p2p.mesh.addresses import parse_any
 from kaisar_p2p.wire.verdict import Verdict
 
 _MANY = 1_000_000
@@ -28,7 +29,7 @@ _T = TypeVar("_T")
 def config_of(config: PeerConfig) -> MeshConfig:
     """The mesh's configuration."""
     return MeshConfig(
-        listen=config.listen,
+        listen=tuple(address for address in config.listen if not address.endswith(CIRCUIT)),
         network=NETWORK,
         pre_shared_key=config.pre_shared_key,
         relay=config.relay_server,
@@ -101,8 +102,11 @@ class KaisarPeer(Operations):
 
     async def connect(self, addr: str) -> None:
         """Connect with the peer at a multiaddr."""
+        address, key = parse_any(addr)
+        if key is None:
+            raise PeerFailed(f"{addr} names no peer")
         try:
-            await self.mesh._network.dial(peer_of(addr)[0], [parse(addr)[0]])
+            await self.mesh._network.dial(key, [address])
         except KaisarError as error:
             raise PeerFailed(str(error)) from None
 
@@ -141,15 +145,26 @@ def _short(topic: str) -> str:
     return topic.removeprefix(f"/kaisar/{NETWORK}/").removesuffix("/1")
 
 
-async def main() -> None:
-    """Run until stdin ends."""
-    config = control.config_of_command_line()
+@asynccontextmanager
+async def open_peer(config: PeerConfig) -> AsyncIterator[KaisarPeer]:
+    """A mesh under control in this process; with reservations at the relays that it is to listen at."""
     async with (
         open_mesh(config_of(config), config.seed or secrets.token_bytes(32)) as mesh,
-        trio.open_nursery() as nursery,
+        trio.open_nursery() as tasks,
     ):
-        await control.serve(KaisarPeer(mesh, nursery))
-        nursery.cancel_scope.cancel()
+        for address in config.listen:
+            if address.endswith(CIRCUIT):
+                relay = address.removesuffix(CIRCUIT)
+                mesh.keep_connected(peer_of(relay)[0], [relay])
+                mesh._relaying.client.want(True)
+        yield KaisarPeer(mesh, tasks)
+        tasks.cancel_scope.cancel()
+
+
+async def main() -> None:
+    """Run until stdin ends."""
+    async with open_peer(control.config_of_command_line()) as peer:
+        await control.serve(peer)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import base58
 import trio
 from multiaddr import Multiaddr
 from nacl.signing import SigningKey
 
 from benchmarks.peers import install
-from benchmarks.peers.interface import RESET, Message, Peer, PeerConfig, PeerFailed
+from benchmarks.peers.interface import CIRCUIT, RESET, Message, Peer, PeerConfig, PeerFailed
 from benchmarks.peers.operations import (
     HANDLERS,
     ByteStream,
@@ -140,19 +141,20 @@ class P2pd(Peer, Operations):
 
     async def start(self) -> None:
         """Wait for the daemon, learn who it is, and serve the stream protocols."""
-        control = trio.Path(self._place / "control")
-        with trio.move_on_after(_START_S):
-            while not await control.exists():  # it tells nobody
-                if self.process.poll() is not None:
-                    break
-                await trio.sleep(0.02)
-        if not await control.exists():
-            raise PeerFailed("p2pd did not start; its stderr says why")
-        identity = decode((await self._request(_IDENTIFY))[4][0])
+        identity = decode((await self._first_answer())[4][0])
         self.key = identity[1][0][6:].hex()
         peer_id = Multiaddr(b"\xa5\x03" + varint(len(identity[1][0])) + identity[1][0])
         self.addrs = tuple(f"{Multiaddr(address)}{peer_id}" for address in identity[2])
         await self._serve_streams()
+
+    async def _first_answer(self) -> dict[int, list[Any]]:
+        with trio.move_on_after(_START_S):
+            while self.process.poll() is None:
+                try:
+                    return await self._request(_IDENTIFY)
+                except OSError:  # not yet
+                    await trio.sleep(0.02)
+        raise PeerFailed("p2pd did not start; its stderr says why")
 
     async def _serve_streams(self) -> None:
         path = str(self._place / "streams")
@@ -178,12 +180,8 @@ class P2pd(Peer, Operations):
 
     async def connect(self, addr: str) -> None:
         """Connect with the peer at a multiaddr."""
-        address = Multiaddr(addr)
-        peer = address.get_peer_id()
-        transport = address.decapsulate(Multiaddr(f"/p2p/{peer}"))
-        if not transport.to_bytes() or "p2p-circuit" in addr:
-            transport = Multiaddr(addr.rsplit("/p2p/", 1)[0])
-        await self._request(_CONNECT, (1, _id_bytes(peer)), (2, transport.to_bytes()), (3, 10))
+        transport, _, peer = addr.rpartition("/p2p/")
+        await self._request(_CONNECT, (1, base58.b58decode(peer)), (2, Multiaddr(transport).to_bytes()), (3, 10))
 
     async def do_hang_up(self, key: str) -> None:
         """Close the connections with a peer."""
@@ -234,12 +232,6 @@ class P2pd(Peer, Operations):
         await self._request(_PUBSUB, (1, _PS_PUBLISH), (2, topic), (3, data))
 
 
-def _id_bytes(peer: str) -> bytes:
-    import base58
-
-    return base58.b58decode(peer)
-
-
 @asynccontextmanager
 async def go_peer(config: PeerConfig | None = None) -> AsyncIterator[P2pd]:
     """``async with go_peer() as peer``: go-libp2p's daemon. Raises install.Unavailable and PeerFailed."""
@@ -262,9 +254,10 @@ async def go_peer(config: PeerConfig | None = None) -> AsyncIterator[P2pd]:
 
 
 def _options(config: PeerConfig, place: Path) -> list[str]:
+    relays = [address.removesuffix(CIRCUIT) for address in config.listen if address.endswith(CIRCUIT)]
     options = {
         "listen": f"/unix{place / 'control'}",
-        "hostAddrs": ",".join(config.listen),
+        "hostAddrs": ",".join(address for address in config.listen if not address.endswith(CIRCUIT)),
         "pubsub": True,
         "pubsubRouter": "gossipsub",
         "tls": False,
@@ -274,6 +267,9 @@ def _options(config: PeerConfig, place: Path) -> list[str]:
         "connManager": False,
         **config.gossipsub,
     }
+    if relays:
+        options |= {"autoRelay": True, "relayDiscovery": False, "trustedRelays": ",".join(relays)}
+        options |= {"forceReachabilityPrivate": True, "dhtClient": True}  # it insists on the DHT, which finds nobody
     if config.seed is not None:
         key = place / "key"
         public = bytes(SigningKey(config.seed).verify_key)

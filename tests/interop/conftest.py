@@ -15,11 +15,11 @@ import trio
 
 from benchmarks.peers import install
 from benchmarks.peers.interface import Peer, PeerConfig, topic
-from benchmarks.peers.kaisar import KaisarPeer, config_of
+from benchmarks.peers.kaisar import open_peer
 from benchmarks.peers.operations import LocalPeer
 from benchmarks.peers.p2pd import go_peer
 from benchmarks.peers.process import js_peer
-from kaisar_p2p.mesh import Mesh, open_mesh
+from kaisar_p2p.mesh import Mesh
 
 PATIENCE_S = 60.0
 TOPIC = topic("advert")
@@ -35,11 +35,10 @@ class OurPeer(LocalPeer):
 
 @asynccontextmanager
 async def _our_peer(config: PeerConfig) -> AsyncIterator[OurPeer]:
-    async with open_mesh(config_of(config), config.seed or os.urandom(32)) as mesh, trio.open_nursery() as nursery:
-        peer = OurPeer("ours", KaisarPeer(mesh, nursery))
-        peer.mesh = mesh
+    async with open_peer(config) as operations:
+        peer = OurPeer("ours", operations)
+        peer.mesh = operations.mesh
         yield peer
-        nursery.cancel_scope.cancel()
 
 
 class Lab:
@@ -56,6 +55,10 @@ class Lab:
     async def foreign(self, kind: str, **config: object) -> Peer:
         """A node of another implementation: "js" or "go"."""
         return await self._nursery.start(self._run, MAKERS[kind](PeerConfig(**config)))
+
+    async def start(self, kind: str, **config: object) -> Peer:
+        """A node of any kind: "ours", "js" or "go"."""
+        return await (self.ours(**config) if kind == "ours" else self.foreign(kind, **config))
 
     async def _run(self, manager: AbstractAsyncContextManager[Peer], *, task_status: trio.TaskStatus[Peer]) -> None:
         stopped = trio.Event()

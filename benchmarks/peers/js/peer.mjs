@@ -235,10 +235,25 @@ async function answerTo (key, protocol, options) {
   return Buffer.concat(parts)
 }
 
-function open (key, protocol) {
-  return node.dialProtocol(peerId(key), protocol, {
-    maxOutboundStreams: 1e4, runOnLimitedConnection: true, signal: AbortSignal.timeout(10_000)
+// On the connection that there is: for one over a relay, `dialProtocol` would look for a direct one first.
+async function open (key, protocol) {
+  const options = { maxOutboundStreams: 1e4, runOnLimitedConnection: true, signal: AbortSignal.timeout(10_000) }
+  const [connection] = node.getConnections(peerId(key)).sort((a, b) => (a.limits ? 1 : 0) - (b.limits ? 1 : 0))
+  return connection?.newStream(protocol, options) ?? node.dialProtocol(peerId(key), protocol, options)
+}
+
+async function pingOver (key) {
+  const stream = await open(key, '/ipfs/ping/1.0.0')
+  const start = now()
+  const echoed = new Promise((resolve, reject) => {
+    stream.addEventListener('message', resolve)
+    stream.addEventListener('close', () => reject(new Error('the stream ended early')))
   })
+  await write(stream, Buffer.from(content(0, 32)))
+  await echoed
+  const ms = now() - start
+  await finish(stream)
+  return { ms }
 }
 
 async function request (key, payload, early) {
@@ -322,7 +337,7 @@ const operations = {
     if (!identified.has(key)) throw new Error('the peer was not identified')
     return { key, ...identified.get(key) }
   },
-  ping: async ({ key }) => ({ ms: (await timed(() => node.services.ping.ping(peerId(key)))).seconds * 1000 }),
+  ping: ({ key }) => pingOver(key),
   subscribe: async ({ topic, report }) => {
     topics.set(topic, { count: 0, bytes: 0, latencies_ms: [], report: report ?? false })
     node.services.pubsub.subscribe(topic)
