@@ -18,13 +18,17 @@ from benchmarks.peers.interface import Peer, PeerConfig, topic
 from benchmarks.peers.kaisar import open_peer
 from benchmarks.peers.operations import LocalPeer
 from benchmarks.peers.p2pd import go_peer
-from benchmarks.peers.process import js_peer
+from benchmarks.peers.process import js_peer, stock_peer
 from kaisar_p2p.mesh import Mesh
 
 PATIENCE_S = 60.0
 TOPIC = topic("advert")
 
-MAKERS: dict[str, Callable[[PeerConfig], AbstractAsyncContextManager[Peer]]] = {"js": js_peer, "go": go_peer}
+MAKERS: dict[str, Callable[[PeerConfig], AbstractAsyncContextManager[Peer]]] = {
+    "js": js_peer,
+    "go": go_peer,
+    "stock": stock_peer,
+}
 
 
 class OurPeer(LocalPeer):

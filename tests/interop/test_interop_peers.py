@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.peers.interface import FRAME, PeerFailed
+from benchmarks.peers.interface import FRAME, PeerFailed, digest_of
 from kaisar_p2p.errors import RequestFailed
 from tests.interop.conftest import TOPIC, both_half_close, eventually, heard, subscribed
 
@@ -100,3 +100,14 @@ async def test_a_peer_comes_back_with_the_same_key(lab, kind: str, we_restart: b
     await heard(ours, foreign)
     await heard(foreign, ours)
     assert await ours.ping(foreign.key) > 0
+
+
+async def test_py_libp2p_as_it_is_published(lab) -> None:
+    """The peer that the benchmark compares with, whose process has none of our replacements."""
+    ours, stock = await lab.ours(), await lab.foreign("stock")
+    await ours.dial(stock.addrs[0])
+    assert (await ours.identify(stock.key))["agent"].startswith("py-libp2p/")
+    for one, other in ((ours, stock), (stock, ours)):
+        assert await one.digest(other.key, 1_000_000, 65536) == digest_of(1_000_000)
+        assert await one.ping(other.key) > 0
+    await subscribed(ours, stock)
