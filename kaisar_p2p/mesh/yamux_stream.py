@@ -160,7 +160,7 @@ class MuxedStream(IMuxedStream):
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         size = len(data)
-        if 0 < size <= self._allowance and not self._closed and self._has_room() and not self._write_lock.locked():
+        if 0 < size <= min(self._allowance, self._room()) and not self._closed and not self._write_lock.locked():
             self._queue(bytes(data))
         else:
             await self._write_in_parts(memoryview(bytes(data)))
@@ -169,10 +169,10 @@ class MuxedStream(IMuxedStream):
         async with self._write_lock:
             while view:
                 self._check_writable()
-                if self._allowance <= 0 or not self._has_room():
+                size = min(self._allowance, self._room(), FRAME_BYTES, len(view))
+                if size <= 0:
                     await self._wait_until_writable()
                     continue
-                size = min(self._allowance, FRAME_BYTES, len(view))
                 self._queue(view[:size])
                 view = view[size:]
             self._check_writable()
@@ -180,19 +180,18 @@ class MuxedStream(IMuxedStream):
     def write_nowait(self, data: bytes) -> bool:
         """Send all of `data` if that needs no waiting; False, and nothing sent, otherwise."""
         if (
-            len(data) > self._allowance
+            len(data) > min(self._allowance, self._room())
             or self._closed
             or self.outgoing_bytes > _NOWAIT_QUEUE
-            or not self._has_room()
             or self._write_lock.locked()
         ):
             return False
         self._queue(data)
         return True
 
-    def _has_room(self) -> bool:
-        mine = self.outgoing_bytes
-        return mine < _SMALL_QUEUE or (mine < _QUEUE_BYTES and not self._connection.crowded)
+    def _room(self) -> int:
+        """Bytes that may be queued: a peer that does not read must not make each of its streams hold an answer."""
+        return (_SMALL_QUEUE if self._connection.crowded else _QUEUE_BYTES) - self.outgoing_bytes
 
     def _queue(self, data: bytes | memoryview) -> None:
         size = len(data)
