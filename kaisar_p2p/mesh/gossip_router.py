@@ -32,6 +32,7 @@ MAX_RESENDS = 3  # of one message to one peer
 MAX_ID_BYTES = 64  # of an id that we ask for
 PROMISE_S = 3.0  # after which an offered message that we asked for should be here
 MAX_TOPIC_LENGTH = 128
+_OVERHEAD_BYTES = 512  # that a cached message costs beside its own bytes
 _BACKOFFS = 16_384  # remembered; the oldest give way
 
 
@@ -58,7 +59,7 @@ class _Peer:
 class MessageCache:
     """The messages of the last heartbeats, to answer IWANT with."""
 
-    def __init__(self, max_bytes: int = 16 * 1024 * 1024) -> None:
+    def __init__(self, max_bytes: int = 8 * 1024 * 1024) -> None:
         self._max_bytes = max_bytes
         self._bytes = 0
         self._entries: OrderedDict[bytes, tuple[str, bytes]] = OrderedDict()  # id → topic, message
@@ -69,7 +70,7 @@ class MessageCache:
         """Keep a message as it is sent; the oldest give way above the limit of bytes."""
         self._entries[message_id] = (topic, entry)
         self._windows[-1].append(message_id)
-        self._bytes += len(entry)
+        self._bytes += len(entry) + _OVERHEAD_BYTES
         while self._bytes > self._max_bytes:
             self._drop(next(iter(self._entries)))
 
@@ -98,7 +99,7 @@ class MessageCache:
         entry = self._entries.pop(message_id, None)
         self._resends.pop(message_id, None)
         if entry is not None:
-            self._bytes -= len(entry[1])
+            self._bytes -= len(entry[1]) + _OVERHEAD_BYTES
 
 
 class Router:

@@ -47,7 +47,7 @@ class MeshLimits:
     flush_s: float = 0.02  # about so long gossip gathers before it is sent; our own does not when we have been quiet
     spread_s: float = 0.2  # at most so long waits a message that its receiver has probably got from others
     inbound_messages: int = 2048  # waiting for a verdict, the least important give way; of each heavy topic a quarter
-    inbound_bytes: int = 16 * 1024 * 1024
+    inbound_bytes: int = 8 * 1024 * 1024
     inbound_wait_s: float = 2.0  # messages that wait longer are dropped, but for the most important
     send_stall_s: float = 30.0  # a peer that does not read its gossip for so long is disconnected
     seen_messages: int = 65536

@@ -130,7 +130,7 @@ def test_offers_and_questions_are_limited() -> None:
 
 
 def test_the_cache_forgets_after_some_heartbeats_and_above_its_size() -> None:
-    cache = MessageCache(max_bytes=100)
+    cache = MessageCache(max_bytes=10 * (10 + gossipsub._OVERHEAD_BYTES))
     cache.put(b"old", T, bytes(10))
     for _ in range(gossipsub.HISTORY):
         cache.shift()
@@ -139,7 +139,7 @@ def test_the_cache_forgets_after_some_heartbeats_and_above_its_size() -> None:
         cache.put(b"%d" % number, T, bytes(10))
     assert cache.resend(b"39", b"p") is None
     assert cache.resend(b"49", b"p") == (T, bytes(10))
-    assert cache._bytes <= 100
+    assert cache._bytes <= 10 * (10 + gossipsub._OVERHEAD_BYTES)
 
 
 @given(st.integers(0, 2**32), st.integers(2, 25))
