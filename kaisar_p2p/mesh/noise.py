@@ -40,23 +40,35 @@ Confirm = Callable[[], Awaitable[None]]
 
 
 class BufferedRaw:
-    """A connection before it is encrypted: what was read too much can be given back."""
+    """A connection before it is encrypted. What was read too much can be given back.
+
+    What is written leaves when the other side has to answer, or with `flush`: answers in one piece.
+    """
 
     def __init__(self, raw: IRawConnection) -> None:
         self.raw = raw
-        self._buffer = b""
+        self._buffer = self._unsent = b""
 
     async def read(self, n: int | None = None) -> bytes:
         """Some bytes, at most `n`; b"" at the end."""
-        data = self.take() or await self.raw.read(n or _HANDSHAKE_BYTES)
+        data = self.take()
+        if not data:
+            await self.flush()
+            data = await self.raw.read(n or _HANDSHAKE_BYTES)
         if n is not None and len(data) > n:
             self._buffer = data[n:]
             data = data[:n]
         return data
 
     async def write(self, data: bytes) -> None:
-        """Send all of `data`."""
-        await self.raw.write(data)
+        """Send all of `data`, before the next read that has to wait."""
+        self._unsent += data
+
+    async def flush(self) -> None:
+        """Send what was written."""
+        data, self._unsent = self._unsent, b""
+        if data:
+            await self.raw.write(data)
 
     def unread(self, data: bytes) -> None:
         """Give back the end of what was read last."""
@@ -268,6 +280,7 @@ class NoiseTransport:
         if id_of(outcome.peer) != peer:
             raise HandshakeFailed("another peer answers there")
         await raw.write(_framed(last))
+        await raw.flush()
         return NoiseSession(raw, self._key_pair, outcome, self._buffers, initiator=True)
 
     async def secure_inbound(self, raw: BufferedRaw) -> NoiseSession:

@@ -63,7 +63,10 @@ class Upgrader(TransportUpgrader):
             protocol = await respond(raw, lambda name: name == NOISE_ID or name in self._instead)
             if protocol == NOISE_ID:
                 return await self._noise.secure_inbound(raw)
-            await self._instead[protocol](raw)  # type: ignore[arg-type]  # it reads, writes and asks for the address
+            try:
+                await self._instead[protocol](raw)  # type: ignore[arg-type]  # it reads, writes, asks for the address
+            finally:
+                await raw.flush()
             raise HandshakeFailed(f"the peer wanted {protocol} only")
         except (RequestFailed, HandshakeFailed, IOException) as error:
             raise SecurityUpgradeFailure(str(error)) from error
