@@ -5,7 +5,7 @@ the public addresses of the other (A); failing that both tell how others see the
 other from those at the same moment, so that each NAT takes what comes in for an answer. A starts the handshakes.
 The direct connection takes over; streams that have begun on the relayed one end there.
 
-What a peer can make us do: dial four public addresses, `punches_per_s`.
+What a peer can make us do: dial four public addresses, `punches_per_s`; all peers together, twenty times that.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class HolePunch:
         self._upgrading: set[bytes] = set()
         self._identities: WeakKeyDictionary[Connection, Identity] = WeakKeyDictionary()
         rate = network.limits.punches_per_s
-        self._asking = PeerBuckets(rate, max(4.0, 4 * rate))
+        self._of_peer = PeerBuckets(rate, max(4.0, 4 * rate))
+        self._of_all = PeerBuckets(20 * rate, max(16.0, 40 * rate), peers=1)
         self._nursery: trio.Nursery | None = None
         network.handlers[DCUTR] = self._follow
 
@@ -75,8 +76,16 @@ class HolePunch:
             for other in self._network.connections_with(connection.key):
                 if other.relayed and not other.retired:
                     self._nursery.start_soon(self._network.retire, other)
-        elif connection.inbound and len(self._upgrading) < _AT_ONCE and connection.key not in self._upgrading:
+        elif connection.inbound and self._may_upgrade(connection.key):
             self._nursery.start_soon(self._upgrade, connection)
+
+    def _may_upgrade(self, key: bytes) -> bool:
+        return len(self._upgrading) < _AT_ONCE and key not in self._upgrading and self._may_dial(key)
+
+    def _may_dial(self, key: bytes) -> bool:
+        """Within what this peer, and all together, can make us do."""
+        now = trio.current_time()
+        return self._of_peer.try_take(key, now) and self._of_all.try_take(b"", now)
 
     def _has_direct(self, key: bytes) -> bool:
         return any(not connection.relayed for connection in self._network.connections_with(key))
@@ -99,14 +108,7 @@ class HolePunch:
         if self._has_direct(connection.key):
             return True
         addresses = self._acceptable((await self._identity(connection)).listening)
-        if not addresses:
-            return False
-        try:
-            await self._network.dial_direct(connection.key, addresses)
-        except PeerUnreachable as error:
-            log.debug("dialing back: %s", error)
-            return self._has_direct(connection.key)
-        return True
+        return bool(addresses) and await self._dial_at_once(connection.key, addresses, initiator=True)
 
     async def _punch_as_leader(self, connection: Connection) -> None:
         for _ in range(_TRIES):
@@ -167,7 +169,7 @@ class HolePunch:
         """One try; whether the leader may start another on this stream."""
         with trio.fail_after(_ROUND_S):
             addresses = self._acceptable(direct_addresses_of((await _expect(stream, PunchType.CONNECT)).addresses))
-            if not self._asking.try_take(connection.key, trio.current_time()):
+            if not self._may_dial(connection.key):
                 raise RequestFailed("the peer punches too often")
             await send(stream, PunchMessage(PunchType.CONNECT, await self._own_addresses()))
             await _expect(stream, PunchType.SYNC)

@@ -310,7 +310,7 @@ class Network(Swarm):
             done.set()
 
     async def dial_direct(self, key: bytes, addresses: Iterable[Address]) -> Connection:
-        """A new direct connection, though there is a relayed one; raises PeerUnreachable."""
+        """A new direct connection, whatever there is already; raises PeerUnreachable."""
         return await self._dial_each(key, tuple(addresses))
 
     async def _dial_each(self, key: bytes, addresses: tuple[AnyAddress, ...]) -> Connection:
