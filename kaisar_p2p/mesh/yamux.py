@@ -52,6 +52,7 @@ _GROWN_BYTES = 8 * 1024 * 1024  # that the windows of one connection may grow in
 _FIRST_READ_BYTES = 64 * 1024
 _DENSE_READ_BYTES = 16 * 1024  # of a peer that sends tiny frames: other tasks have their turn after so many
 _DENSE_FRAME_BYTES = 256
+_LAST_STREAM = 0xFFFFFFFF  # ids are never used again
 _GOODBYE_S = 0.2  # for what is queued to leave before we close
 
 
@@ -388,7 +389,7 @@ class Muxer(IMuxedConn):
 
     def open_stream_nowait(self) -> MuxedStream:
         """`open_stream` without a checkpoint."""
-        if self._ended or not self.event_started.is_set():
+        if self._ended or not self.event_started.is_set() or self._next_id > _LAST_STREAM:
             raise MuxedConnUnavailable("the connection has ended")
         stream = MuxedStream(self, self._next_id)
         self._next_id += 2

@@ -134,9 +134,10 @@ class Outbox:
                 self._filled = trio.Event()
                 await self._filled.wait()
             data = self.take()
-            if data:  # a scheduled stream may have been reset
+            if data:
                 self._writing = True
                 return data
+            self._wake_waiting()  # all that was scheduled has been reset
 
     def take(self) -> bytes:
         """What is to be written next, b"" when there is nothing."""
@@ -173,6 +174,9 @@ class Outbox:
             self._batch_bytes = min(_LARGEST_BATCH, 2 * self._batch_bytes)
         self._notify(self._control_gone)
         self._control_gone = None
+        self._wake_waiting()
+
+    def _wake_waiting(self) -> None:
         if self.waiting and self._data_bytes < CROWDED_BYTES // 2:
             for stream in self.waiting:
                 stream.wake()
