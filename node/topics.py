@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,9 +179,15 @@ class Switchboard:
 
     async def _deliver(self, name: str, topic: Topic, channel: trio.MemoryReceiveChannel[GossipMessage]) -> None:
         async for received in channel:
-            digest = digest_of(name, received.data)
-            message = self._parsed[name].pop(digest, None)
-            if message is None:
-                continue
-            if not self._inbox.put(topic.lane, Gossip(name, message, received.sender, received.received_at)):
-                self._seen.forget(digest)
+            self._hand_on(name, topic, received)
+            with suppress(trio.WouldBlock):
+                while True:  # `async for` takes one in each round of the scheduler: too few in a flood
+                    self._hand_on(name, topic, channel.receive_nowait())
+
+    def _hand_on(self, name: str, topic: Topic, received: GossipMessage) -> None:
+        digest = digest_of(name, received.data)
+        message = self._parsed[name].pop(digest, None)
+        if message is None:
+            return
+        if not self._inbox.put(topic.lane, Gossip(name, message, received.sender, received.received_at)):
+            self._seen.forget(digest)

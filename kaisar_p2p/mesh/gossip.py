@@ -200,11 +200,11 @@ class Gossip:
 
     def _on_messages(self, sender: bytes, link: Link, messages: list[bytes], received_at: float) -> float:
         """Admit what is new; what the messages cost, in messages, for the sender's rate."""
-        duplicates = 0
+        duplicates, now = 0, trio.current_time()
         for raw in messages:
             message_id = wire.id_of(raw)
             if message_id in self._seen:
-                link.withdraw(message_id)
+                self._outbox.on_copy(link, message_id, now)
                 duplicates += 1
             elif (pending := self._intake.pending.get(raw)) is not None:
                 duplicates += 1

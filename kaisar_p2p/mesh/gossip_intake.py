@@ -51,6 +51,12 @@ class Subscription:
     receive: trio.MemoryReceiveChannel[GossipMessage]
     heavy: FairQueue[Arrival] | None
 
+    @property
+    def full(self) -> bool:
+        """The next message makes our subscriber lose one."""
+        used = self.send.statistics()
+        return used.current_buffer_used >= used.max_buffer_size
+
 
 @dataclass(slots=True)
 class Arrival:
@@ -104,7 +110,7 @@ class Intake:
         self._queues = PriorityQueues[Arrival](limits.inbound_messages, limits.inbound_bytes)
         self._working = False
         self._busy: set[str] = set()  # heavy topics with a task
-        self._inline_until = 0.0
+        self._inline_until = self._next_turn = 0.0
         self._nursery: trio.Nursery | None = None
 
     def run_in(self, nursery: trio.Nursery) -> None:
@@ -121,12 +127,14 @@ class Intake:
         return self._working and self._queues.crowded
 
     def begin_turn(self) -> None:
-        """Something was read: some of it may be judged at once."""
-        self._inline_until = time.perf_counter() + _TURN_S
+        """Something was read: some of it may be judged at once, but not all the time, whoever sends it."""
+        now = time.perf_counter()
+        if now >= self._next_turn:
+            self._inline_until, self._next_turn = now + _TURN_S, now + 2 * _TURN_S
 
     def put(self, arrival: Arrival) -> None:
         """Judge a message, now or later."""
-        if not self._working and time.perf_counter() < self._inline_until:
+        if not self._working and time.perf_counter() < self._inline_until and not arrival.subscription.full:
             self._judge(arrival)
             return
         self.pending[arrival.message.raw] = arrival
@@ -146,18 +154,23 @@ class Intake:
             while self._queues:
                 until = time.perf_counter() + _TURN_S
                 while self._queues and time.perf_counter() < until:
-                    self._judge_next()
+                    if self._judge_next():
+                        break
                 await trio.lowlevel.checkpoint()
         finally:
             self._working = False
 
-    def _judge_next(self) -> None:
+    def _judge_next(self) -> bool:
+        """Judge a message; True when its subscriber should have a chance to make room now."""
         arrival = self._queues.take()
+        subscription = arrival.subscription
+        was_full = subscription.full
         late = time.time() - arrival.received_at > self._limits.inbound_wait_s
-        if late and arrival.subscription.priority > 0:  # news that are this late only delay those behind them
+        if late and subscription.priority > 0:  # news that are this late only delay those behind them
             self._give_way([arrival])
         else:
             self._judge(arrival)
+        return subscription.full and not was_full
 
     def _judge(self, arrival: Arrival) -> None:
         heavy, name = arrival.subscription.heavy, arrival.subscription.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
+from collections.abc import Container
 
 import trio
 
@@ -29,6 +30,7 @@ class Link:
         self.sending: trio.CancelScope | None = None
         self.stream: MuxedStream | None = None  # open and announced
         self.unsent = b""
+        self.flush_at: float | None = None  # when what the peer has probably got from others is sent at the latest
         self._stuck = trio.Event()  # there is something in `unsent`
         self._limits = limits
         self._dropped = dropped  # by topic and priority
@@ -71,8 +73,13 @@ class Link:
         if len(self._control) < _CONTROL_FRAMES:
             self._control.append(frame)
 
+    def has_news(self, spread: Container[bytes]) -> bool:
+        """Something waits that is not in `spread`: the peer may not have it from somebody else."""
+        return bool(self._control) or any(message_id not in spread for queue in self._messages for message_id in queue)
+
     def flush(self) -> None:
         """Send what waits, as far as that needs no waiting."""
+        self.flush_at = None
         while (self._control or self._count) and self.stream is not None and not self.unsent:
             batch = self._next_batch()
             if not self.stream.write_nowait(batch):

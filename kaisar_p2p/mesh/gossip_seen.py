@@ -20,7 +20,7 @@ class SeenMessages:
         self._old: set[bytes] = set()
         self._began: float | None = None
 
-    def __contains__(self, message_id: bytes) -> bool:
+    def __contains__(self, message_id: object) -> bool:
         return message_id in self._new or message_id in self._old
 
     def __len__(self) -> int:

@@ -4,7 +4,8 @@ What a packet costs (system calls, tasks that wake up, a frame of yamux and one 
 what a message in it costs. So messages of the same moment leave together: a node writes at once when it has been
 quiet, and otherwise lets messages gather for `flush_s`. Somebody else's message waits for a moment even then: when
 the peer that we would send it to sends it to us meanwhile, ours is withdrawn, and of the two copies that would cross
-only one travels.
+only one travels. And a message that has reached us twice has reached most others too: it is no reason to write before
+`spread_s` is over. By then it has left with something else, or the peer has sent it, or several leave together.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable
+from math import inf
 
 import trio
 
 from kaisar_p2p.errors import RequestFailed
 from kaisar_p2p.mesh.connection import Connection
 from kaisar_p2p.mesh.gossip_link import Link
+from kaisar_p2p.mesh.gossip_seen import SeenMessages
 from kaisar_p2p.mesh.negotiation import confirm, proposal
 from kaisar_p2p.mesh.network import Network
 from kaisar_p2p.mesh.yamux_stream import MuxedStream
@@ -29,7 +32,6 @@ log = logging.getLogger(__name__)
 
 PROTOCOL = "/meshsub/1.1.0"
 _REOPEN_S, _REOPEN_MAX_S = 0.25, 30.0
-_HOLD_S = 0.004  # that somebody else's message waits at most when the node has been quiet
 
 
 class Outbox:
@@ -44,25 +46,28 @@ class Outbox:
     ) -> None:
         self.links: dict[bytes, Link] = {}
         self.dropped: Counter[tuple[str, int]] = Counter()  # by topic and priority
-        self._network, self._limits = network, network.limits
+        self._network = network
+        self._limits = limits = network.limits
         self._rng = rng
         self._announce, self._on_gone = announce, on_gone
         self._nursery: trio.Nursery | None = None
         self._waiting: dict[Link, None] = {}  # links with something to send
+        self._spread = SeenMessages(limits.seen_messages, 2 * limits.spread_s)  # messages that reached us twice
         self._next = 0.0  # earliest time of the next flush
-        self._due: float | None = None  # the flush that is planned
-        self._planned = trio.Event()
+        self._due = inf  # time of the flush that is planned
+        self._timer = trio.CancelScope()
 
     async def run(self, nursery: trio.Nursery) -> None:
         """Flush when it is due; tasks of peers live in `nursery`."""
         self._nursery = nursery
         while True:
-            if self._due is None:
-                self._planned = trio.Event()
-                await self._planned.wait()
-            else:
-                await trio.sleep_until(self._due)
-                self._flush(trio.current_time())
+            with trio.CancelScope(deadline=self._due) as self._timer:
+                await trio.sleep_forever()
+            self._flush(trio.current_time())
+
+    def _set_due(self, due: float) -> None:
+        if due != self._due:
+            self._due = self._timer.deadline = due
 
     # -- what to send -------------------------------------------------------------------------------------------------
 
@@ -88,22 +93,39 @@ class Outbox:
         for peer in self.links:
             self.control(peer, frame)
 
+    def on_copy(self, link: Link, message_id: bytes, now: float) -> None:
+        """A peer sent a message that we have."""
+        link.withdraw(message_id)
+        self._spread.add(message_id, now)
+
     def _plan(self, at_once: bool) -> None:
-        if self._due is not None:
+        if self._due <= self._next:
             return
         now = trio.current_time()
-        due = max(self._next, now if at_once else now + _HOLD_S * (0.25 + 0.75 * self._rng.random()))
+        due = max(self._next, now if at_once else now + self._limits.flush_s * self._rng.uniform(0.1, 1.0))
         if due <= now:
             self._flush(now)
-        else:
-            self._due = due
-            self._planned.set()
+        elif due < self._due:
+            self._set_due(due)
 
     def _flush(self, now: float) -> None:
-        waiting, self._waiting, self._due = self._waiting, {}, None
+        waiting, self._waiting, due = self._waiting, {}, inf
         for link in waiting:
-            link.flush()
-        self._next = now + self._limits.flush_s * (0.75 + 0.5 * self._rng.random())
+            if not len(link):
+                link.flush_at = None
+            elif (link.flush_at is not None and link.flush_at <= now) or link.has_news(self._spread):
+                link.flush()
+            else:
+                due = min(due, self._postpone(link, now))
+        self._set_due(due)
+        self._spread.expire(now)
+        self._next = now + self._limits.flush_s * self._rng.uniform(0.75, 1.25)
+
+    def _postpone(self, link: Link, now: float) -> float:
+        if link.flush_at is None:
+            link.flush_at = now + self._limits.spread_s * self._rng.uniform(0.5, 1.0)
+        self._waiting[link] = None
+        return link.flush_at
 
     # -- peers --------------------------------------------------------------------------------------------------------
 

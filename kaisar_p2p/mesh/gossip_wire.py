@@ -27,6 +27,7 @@ _ID_BYTES = len(id_bytes_of(bytes(32)))
 _FROM = b"\x0a" + bytes([_ID_BYTES]) + id_bytes_of(b"")  # field 1 of an ed25519 author, up to the key
 _AUTHOR = 2 + _ID_BYTES  # where field 1 ends
 _SEQUENCE, _SIGNATURE = b"\x1a\x08", b"\x2a\x40"  # fields 3 of 8 and 5 of 64 bytes
+_SHORTEST = _AUTHOR + 10 + 2 + 66  # no data, no topic
 _KEY = b"\x32\x24\x08\x01\x12\x20"  # field 6: the author's key as protobuf, which only JavaScript sends
 
 
@@ -68,26 +69,26 @@ def sign(key: SigningKey, topic: str, data: bytes, sequence: int) -> Published:
 
 def id_of(raw: bytes) -> bytes:
     """The id that duplicates share, author and sequence number, without looking at the rest; MalformedGossip."""
-    if not raw.startswith(_FROM):
-        raise MalformedGossip("the author is not an ed25519 peer id")
-    at = _end_of_data(raw)
-    if len(raw) < at + 10:
+    end = _data_bounds(raw)[1]
+    if len(raw) < end + 10:
         raise MalformedGossip("a message that ends early")
-    return raw[2:_AUTHOR] + raw[at + 2 : at + 10]
+    return raw[2:_AUTHOR] + raw[end + 2 : end + 10]
 
 
-def _end_of_data(raw: bytes) -> int:
-    if raw[_AUTHOR : _AUTHOR + 1] != b"\x12":  # an empty field may be left out
-        return _AUTHOR
+def _data_bounds(raw: bytes) -> tuple[int, int]:
+    if not raw.startswith(_FROM) or len(raw) < _SHORTEST:
+        raise MalformedGossip("the author is not an ed25519 peer id, or the message ends early")
+    if raw[_AUTHOR] != 0x12:  # an empty field may be left out
+        return _AUTHOR, _AUTHOR
     length, at = _length(raw, _AUTHOR + 1)
-    return at + length
+    return at, at + length
 
 
 def read(raw: bytes, max_bytes: int) -> Published:
     """Check the form of a received message, not yet its signature; raises MalformedGossip."""
     message_id = id_of(raw)
-    data_end = _end_of_data(raw)
-    data = raw[_length(raw, _AUTHOR + 1)[1] : data_end] if data_end > _AUTHOR else b""
+    start, data_end = _data_bounds(raw)
+    data = raw[start:data_end]
     if len(data) > max_bytes:
         raise MalformedGossip(f"{len(data)} bytes of data, over the limit of {max_bytes}")
     if not raw.startswith(_SEQUENCE + message_id[_ID_BYTES:] + b"\x22", data_end):
@@ -183,6 +184,9 @@ def _varint(value: int) -> bytes:
 
 def _length(data: bytes, at: int) -> tuple[int, int]:
     """A length, written as short as it can be, and where it ends; MalformedGossip."""
+    if len(data) > at + 1 and (data[at] < 128 or 0 < data[at + 1] < 128):  # nearly always
+        low = data[at]
+        return (low, at + 1) if low < 128 else (low & 127 | data[at + 1] << 7, at + 2)
     length = 0
     for index in range(_LENGTH_BYTES):
         if at + index >= len(data):
