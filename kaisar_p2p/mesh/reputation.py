@@ -164,7 +164,7 @@ class Reputation:
         record.points = BAN_POINTS / 2
         length_s = min(most_s, self._ban_s * _ESCALATION ** max(0.0, record.strikes - 1.0))
         record.banned_until = max(record.banned_until, now + length_s)
-        return length_s
+        return float(length_s)
 
     # -- judgement ----------------------------------------------------------------------------------------------------
 
