@@ -39,6 +39,7 @@ TOPICS = {"certificate": 0, "evidence": 1, "advert": 2, "heartbeat": 2}
 
 _STAMP = struct.Struct("!d8s")  # when it was published, by the clock that all processes of a machine share; where
 _PROBE_DEADLINE_S = 5.0
+_ANSWER_S = 4.0
 
 
 class Probe:
@@ -150,8 +151,7 @@ class Subject:
 
 def figures_of(mesh: Mesh) -> dict[str, Any]:
     """Sizes of what a mesh holds, and its counters, for a line of JSON."""
-    statistics = asdict(mesh.statistics())
-    statistics["messages"] = {f"{topic}/{verdict}": n for (topic, verdict), n in statistics["messages"].items()}
+    statistics = _with_text_keys(asdict(mesh.statistics()))
     network, book = mesh._network, mesh._book
     return {
         **statistics,
@@ -162,6 +162,14 @@ def figures_of(mesh: Mesh) -> dict[str, Any]:
         "peer_keys": [info.key.hex() for info in mesh.peers()],
         "scores": {info.key.hex(): info.score for info in mesh.peers()},
         "subscribers": {name: len(mesh.subscribers(name)) for name in TOPICS},
+    }
+
+
+def _with_text_keys(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {
+        "/".join(map(str, key)) if isinstance(key, tuple) else key: _with_text_keys(part) for key, part in value.items()
     }
 
 
@@ -183,7 +191,7 @@ def _judge(data: bytes, _sender: bytes, _author: bytes, _received_at: float) -> 
 
 
 async def _echo(stream: MeshStream) -> None:
-    with trio.fail_after(10):
+    with trio.fail_after(_ANSWER_S):
         await stream.send_frame(await stream.receive_frame())
 
 

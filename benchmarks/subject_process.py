@@ -75,6 +75,15 @@ class SubjectProcess:
         return int(self.watched.num_fds())
 
     @property
+    def scheduled(self) -> tuple[float, float]:
+        """Seconds that its main thread has run, and has waited for a processor; 0 where the system does not tell."""
+        try:
+            ran_ns, waited_ns, _slices = Path(f"/proc/{self._process.pid}/schedstat").read_text().split()
+        except (OSError, ValueError):
+            return 0.0, 0.0
+        return int(ran_ns) / 1e9, int(waited_ns) / 1e9
+
+    @property
     def cpu_s(self) -> float:
         """CPU seconds used so far."""
         times = self.watched.cpu_times()

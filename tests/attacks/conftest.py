@@ -11,12 +11,12 @@ from tests.attacks.scene import Outcome, Scene, check
 
 @pytest.fixture(scope="module")
 def scenes() -> Iterator[Callable[[], Scene]]:
-    """The module's processes; started again when an attack has ended the victim."""
+    """The module's processes; started again when an attack has succeeded."""
     with ExitStack() as processes:
         current: list[Scene] = []
 
         def scene() -> Scene:
-            if not current or not current[0].victim.is_alive:
+            if not current or not current[0].victim.is_alive or current[0].is_spent:
                 processes.close()
                 current[:] = [Scene(processes)]
             return current[0]
@@ -33,10 +33,12 @@ def scene(scenes: Callable[[], Scene]) -> Scene:
 def attack(scene: Scene) -> Callable[..., Outcome]:
     """Run an attack, check what holds after each, and print what it cost."""
 
-    def run(name: str, **arguments: Any) -> Outcome:
+    def run(name: str, /, **arguments: Any) -> Outcome:
         outcome = scene.attacked_by(name, **arguments)
         print(f"{name}: {outcome}")
+        scene.is_spent = True
         check(scene, outcome)
+        scene.is_spent = False
         return outcome
 
     return run

@@ -162,27 +162,32 @@ async def message_flood(
     """Signed messages, thousands a second, by several identities; `verdict` is what the victim will say."""
     sent, ended = 0, 0
 
-    async def flood() -> None:
+    block = min(400, 2_000_000 // size)
+
+    def frames(peer: RawPeer, start: int) -> list[bytes]:
+        body = verdict.encode() + os.urandom(size)
+        return [peer.message(name, body + n.to_bytes(4, "big"), n) for n in range(start, start + block)]
+
+    async def flood(peer: RawPeer) -> None:
         nonlocal sent, ended
-        peer = await target.peer(nursery)
-        stream = await peer.gossip(name)
-        body, number = verdict.encode() + os.urandom(size), 0
-        prepared = [peer.message(name, body + n.to_bytes(4, "big"), n) for n in range(2000)]
+        stream, number = await peer.gossip(name), 0
         with suppress(*_GONE):
             while not peer.ended.is_set():
-                if number >= len(prepared):
-                    prepared = [peer.message(name, body + n.to_bytes(4, "big"), n) for n in range(number, number + 500)]
-                    number = 0
-                await peer.send(stream, b"".join(prepared[number : number + 20]))
-                number += 20
-                sent += 20
+                if number and number % block == 0:
+                    prepared[peer] = frames(peer, number)
+                few = prepared[peer][number % block : number % block + 20]
+                await peer.send(stream, b"".join(few))
+                number += len(few)
+                sent += len(few)
                 await trio.lowlevel.checkpoint()
         ended += 1
 
+    connected = [await target.peer(nursery) for _ in range(peers)]
+    prepared = {peer: frames(peer, 0) for peer in connected}
     with trio.move_on_after(seconds):
         async with trio.open_nursery() as inner:
-            for _ in range(peers):
-                inner.start_soon(flood)
+            for peer in connected:
+                inner.start_soon(flood, peer)
     return {"sent": sent, "ended": ended}
 
 
@@ -250,7 +255,7 @@ async def resets_gossip_streams(nursery: trio.Nursery, target: Target) -> dict[s
             del peer.opened[stream]
             await peer.seal(b"\x00\x01\x00\x08" + stream.to_bytes(4, "big") + bytes(4))
     before = sum(map(len, peer.received.values()))
-    await until(lambda peer=peer: not (sum(map(len, peer.received.values())) <= before + 2000), 5)  # type: ignore[misc]
+    await until(lambda: sum(map(len, peer.received.values())) > before + 2000, 5)
     return {"heard": sum(map(len, peer.received.values())) - before, "ended": peer.ended.is_set()}
 
 

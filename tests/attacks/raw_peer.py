@@ -24,6 +24,7 @@ MULTISTREAM = b"\x13/multistream/1.0.0\n"
 GOSSIP = "/meshsub/1.1.0"
 _FRAME = 65000
 _LARGE_WINDOW = 1 << 30
+_WINDOW = 256 * 1024  # that every stream begins with
 
 
 def line(text: str) -> bytes:
@@ -70,6 +71,7 @@ class RawPeer:
         self._sent = self._got = 0
         self._sealed, self._plain = bytearray(), bytearray()
         self._next = 1
+        self._allowance: dict[int, int] = {}  # of each stream of ours, what the other side still takes
         self._arrived = trio.Event()
         self._sending = trio.Lock()
 
@@ -151,6 +153,8 @@ class RawPeer:
             if self.answers_pings:
                 answers += frame(PING, ACK, 0, length)
         elif kind in (DATA, WINDOW):
+            if kind == WINDOW and stream in self._allowance:
+                self._allowance[stream] += length
             self.resets += bool(flags & RST)
             if flags & SYN:
                 self.opened[stream] = ""
@@ -177,6 +181,7 @@ class RawPeer:
         """Open a stream, propose, and send; the number of the stream."""
         stream, self._next = self._next, self._next + 2
         body = MULTISTREAM + line(protocol) + data
+        self._allowance[stream] = _WINDOW - len(body)
         await self.seal(frame(WINDOW, SYN, stream, window) + self.chunk(stream, body))
         return stream
 
@@ -189,8 +194,17 @@ class RawPeer:
         )
 
     async def send(self, stream: int, data: bytes) -> None:
-        """Data, without a look at the window."""
-        await self.seal(self.chunk(stream, data))
+        """Data, as much at a time as the other side takes; raises trio.BrokenResourceError at the end."""
+        self._allowance.setdefault(stream, _WINDOW)  # of one that the other side opened
+        while data:
+            while self._allowance[stream] <= 0 and not self.ended.is_set():
+                await self._arrived.wait()
+            if self.ended.is_set():
+                raise trio.BrokenResourceError("the other side ended")
+            part = data[: self._allowance[stream]]
+            self._allowance[stream] -= len(part)
+            await self.seal(self.chunk(stream, part))
+            data = data[len(part) :]
 
     async def wait_for(self, stream: int, size: int) -> bytes:
         """What came on a stream, once it is so much."""
