@@ -35,6 +35,7 @@ from node.mesh_settings import mesh_config
 from node.node import Node
 from node.peers import PeerKeeper
 from node.registration import Registration, offered_spec
+from node.relay_members import is_relay_member
 from node.roles import RoleContext, Served, roles_mask
 from node.roles.all import ROLES
 from node.store import NodeStore
@@ -115,6 +116,7 @@ async def _run_on_ledger(
         # 4. the mesh
         network = ledger.network.hex()[:16]
         async with open_mesh(mesh_config(config, network), keys.seed, store) as mesh:
+            mesh.relay_members(lambda key: is_relay_member(chain.state, key))
             node = _assemble(config, keys, wallet, chain, store, clock, inbox, mesh, runtime)
             machines, registration, onboarding = _machines(node, hardware)
             # 5. effects, topics, served protocols, machines
