@@ -1,6 +1,6 @@
 """Finding out which peers are gone: one task for all connections of a node.
 
-A peer that we have not heard of for `keepalive_s` is pinged; one that stays silent for 2.4 times that, or that does not
+A peer that we have not heard of for `keepalive_s` is pinged; one that stays silent for 1.75 times that, or that does not
 take what we send for `send_stall_s`, is dead. Whoever talks anyway is pinged rarely, for the round-trip time.
 """
 
@@ -12,7 +12,7 @@ from typing import Protocol
 import trio
 
 _MEASURED_EVERY = 6  # keepalive intervals
-_DEAD_AFTER = 2.4  # times keepalive_s
+_DEAD_AFTER = 1.75  # times keepalive_s
 _TICKS = 10  # in keepalive_s
 
 

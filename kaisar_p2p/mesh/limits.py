@@ -39,7 +39,7 @@ class MeshLimits:
     negotiation_s: float = 10.0  # multistream-select on a new stream
     dial_s: float = 5.0  # one address
     private_hello_s: float = 0.9  # dialing in a private swarm: the peer's nonce, and then its first bytes
-    keepalive_s: float = 11.0  # of silence, then we ping; after 2.4 times that a connection is dead: within 30 s
+    keepalive_s: float = 15.0  # of silence, then we ping; after 1.75 times that a connection is dead: within 30 s
     buffered_bytes: int = 24 * 1024 * 1024  # received on streams and not read yet, all peers; one may have a third
     served_bytes: int = 64 * 1024 * 1024  # of requests and answers that served streams hold, all peers together
     outbound_frames: int = 512  # gossip messages waiting for one peer, the oldest of the least important give way

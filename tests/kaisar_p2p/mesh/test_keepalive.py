@@ -50,7 +50,7 @@ async def test_a_stopped_peer_is_found_within_30_s(keeper: Keeper, autojump_cloc
     began = trio.current_time()
     await trio.sleep(31)
     assert peer.dead is not None
-    assert 2 * _KEEPALIVE_S < peer.dead[0] - began <= 30.1
+    assert 1.7 * _KEEPALIVE_S < peer.dead[0] - began <= 30.1
     assert "silent" in peer.dead[1]
 
 
@@ -96,6 +96,6 @@ async def test_after_our_own_pause_peers_have_time_to_answer(autojump_clock) -> 
     assert peer.liveness.look(now + 3600, now) is None
     assert peer.liveness.ping_due(now + 3600, now) is not None
     assert peer.liveness.look(now + 3604, now) is None
-    for tick in range(4, 15):
+    for tick in range(4, 20):
         reason = peer.liveness.look(now + 3600 + tick, now)
     assert reason is not None
