@@ -56,13 +56,13 @@ class Remembered:
         if self._memory is None:
             return
         try:
+            await self._load_book(self._memory)
             blob = await trio.to_thread.run_sync(self._memory.load, _NAME)
             if blob is not None:
                 saved_at = int.from_bytes(blob[:_STAMP_BYTES], "big") / 1000
                 passed_s = max(0.0, self._wall() - saved_at)
                 count = self._reputation.load(blob[_STAMP_BYTES:], passed_s, trio.current_time())
                 log.debug("%d accounts of peers and addresses taken over", count)
-            await self._load_book(self._memory)
         except (KaisarError, ValueError) as error:
             log.warning("what was known about peers cannot be read, starting anew: %s", error)
 
