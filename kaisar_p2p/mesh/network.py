@@ -31,7 +31,7 @@ from kaisar_p2p.mesh.connection import Connection, StreamHandler, TcpStream
 from kaisar_p2p.mesh.dialed_back import BACK_PROTOCOL, DialBackTransport, DialedBack
 from kaisar_p2p.mesh.ids import id_of, key_of
 from kaisar_p2p.mesh.limits import MeshLimits
-from kaisar_p2p.mesh.pnet import CheckedStream, PreSharedKeyMismatch, protect
+from kaisar_p2p.mesh.pnet import CheckedStream, PreSharedKeyMismatch, protect, protect_circuit
 from kaisar_p2p.mesh.pruning import Pruner
 from kaisar_p2p.mesh.racing import Race
 from kaisar_p2p.mesh.upgrade import Upgrader
@@ -264,8 +264,7 @@ class Network(Swarm):
     async def _upgrade_inbound(self, raw: RawConnection, visitor: Visitor) -> Muxer | None:
         try:
             with trio.fail_after(self.limits.handshake_s):
-                if self._pre_shared_key is not None and isinstance(raw.stream, TcpStream):  # a relay's is inside one
-                    raw.stream = await protect(raw.stream, self._pre_shared_key)
+                await self._admit_to_private_swarm(raw)
                 muxer = await self.upgrade_inbound_raw_conn(raw, _ANY_ADDRESS)
             assert isinstance(muxer, Muxer)
             return muxer
@@ -276,6 +275,14 @@ class Network(Swarm):
             return None
         finally:
             self.door.authenticated(visitor)
+
+    async def _admit_to_private_swarm(self, raw: RawConnection) -> None:
+        if self._pre_shared_key is None:
+            return
+        if isinstance(raw.stream, TcpStream):
+            raw.stream = await protect(raw.stream, self._pre_shared_key)
+        else:
+            raw.stream = await protect_circuit(raw.stream, self._pre_shared_key)
 
     def _note_failed_handshake(self, origin: Origin, error: Exception) -> None:
         reason = _root(error)
@@ -384,6 +391,8 @@ class Network(Swarm):
 
     async def upgrade_outbound_stream(self, raw: ReadWriteCloser, key: bytes) -> Connection:
         """Authenticate and multiplex a stream of a relay that leads to a peer; raises what a failed handshake does."""
+        if self._pre_shared_key is not None:
+            raw = await protect_circuit(raw, self._pre_shared_key)
         relayed = RawConnection(raw, True, ConnectionType.RELAYED, [])
         connection = await self.upgrade_outbound_raw_conn(relayed, id_of(key))
         assert isinstance(connection, Connection)

@@ -1,4 +1,4 @@
-"""Private swarms: every TCP connection is encrypted with a key that all members share, before anything else.
+"""Private swarms: every connection is encrypted with a key that all members share, before anything else.
 
 Each side sends a nonce of 24 bytes, and encrypts what it sends afterwards with XSalsa20 under the shared key and its
 own nonce (https://github.com/libp2p/specs/blob/master/pnet/Private-Networks-PSK-V1.md). There is no authentication:
@@ -26,6 +26,7 @@ from nacl import _sodium
 from kaisar_p2p.errors import ConfigError, MeshError
 from kaisar_p2p.mesh.connection import TcpStream
 
+from libp2p.io.abc import ReadWriteCloser  # isort: skip
 from libp2p.io.exceptions import ConnectionClosedError  # isort: skip
 
 KEY_BYTES = 32
@@ -243,3 +244,41 @@ async def _let_it_leave(tcp: TcpStream) -> None:
     with trio.move_on_after(_LEAVE_S), contextlib.suppress(trio.BrokenResourceError):
         while await tcp.stream.receive_some():
             pass
+
+
+class PrivateCircuit(ReadWriteCloser):
+    """A connection over a relay, inside a private swarm; made by `protect_circuit`."""
+
+    def __init__(self, raw: ReadWriteCloser, key: bytes, ours: bytes, theirs: bytes) -> None:
+        self._raw = raw
+        self._encrypt, self._decrypt = xsalsa20(key, ours), xsalsa20(key, theirs)
+
+    async def read(self, n: int | None = None) -> bytes:
+        """Some bytes, b"" at the end; raises ConnectionClosedError."""
+        return self._decrypt(await self._raw.read(n))
+
+    async def write(self, data: bytes) -> None:
+        """Encrypt and send all of `data`; raises ConnectionClosedError."""
+        await self._raw.write(self._encrypt(data))
+
+    async def close(self) -> None:
+        """Finish."""
+        await self._raw.close()
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        """As the connection below."""
+        return self._raw.get_remote_address()
+
+
+async def protect_circuit(raw: ReadWriteCloser, key: bytes) -> PrivateCircuit:
+    """As `protect`, for a connection over a relay: go-libp2p and js-libp2p encrypt these like any other, though those
+    with the relay are encrypted already. Raises ConnectionClosedError.
+    """
+    ours, theirs = os.urandom(NONCE_BYTES), b""
+    await raw.write(ours)
+    while len(theirs) < NONCE_BYTES:
+        part = await raw.read(NONCE_BYTES - len(theirs))
+        if not part:
+            raise ConnectionClosedError("the peer hung up")
+        theirs += part
+    return PrivateCircuit(raw, key, ours, theirs)

@@ -53,9 +53,23 @@ def only_reaches(peer: Peer, relay: Peer) -> None:
     ],
 )
 async def test_a_circuit_carries_streams(lab: Lab, js: str, go: str, relays: str, listens: str, dials: str) -> None:
-    relay = await lab.start(relays, relay_server=True)
-    listening = await lab.start(listens, relay_client=True, listen=(*TCP[listens], f"{relay.addrs[0]}{CIRCUIT}"))
-    dialing = await lab.start(dials, relay_client=True, listen=TCP[dials])
+    await _talk_over_a_circuit(lab, relays, listens, dials)
+
+
+@pytest.mark.parametrize(
+    ("relays", "listens", "dials"), [("js", "ours", "ours"), ("ours", "js", "ours"), ("ours", "ours", "js")]
+)
+async def test_a_circuit_inside_a_private_swarm(lab: Lab, js: str, relays: str, listens: str, dials: str) -> None:
+    """The connections with the relay are encrypted with the pre-shared key, and the circuit over them once more."""
+    await _talk_over_a_circuit(lab, relays, listens, dials, pre_shared_key=bytes(range(32)))
+
+
+async def _talk_over_a_circuit(lab: Lab, relays: str, listens: str, dials: str, **config: object) -> None:
+    relay = await lab.start(relays, relay_server=True, **config)
+    listening = await lab.start(
+        listens, relay_client=True, listen=(*TCP[listens], f"{relay.addrs[0]}{CIRCUIT}"), **config
+    )
+    dialing = await lab.start(dials, relay_client=True, listen=TCP[dials], **config)
     for peer in (listening, dialing):
         only_reaches(peer, relay)
     await _dial_circuit(dialing, relay, listening)
