@@ -131,6 +131,7 @@ class Reputation:
         self.changes += 1
         record = self._open(key, now)
         if record.banned_until > now:
+            record.points = min(record.points, BAN_POINTS / 2)
             return record.banned_until - now
         self._charge_address(key, BAN_POINTS, 1.0, now)
         return self._strike(record, 1.0, self._ban_max_s, now)

@@ -196,11 +196,9 @@ def test_only_a_better_newcomer_takes_a_place(worst: Standing, newcomer: Standin
 
 @given(STANDINGS, STANDINGS)
 def test_two_peers_never_take_each_others_place_in_turns(one: Standing, other: Standing) -> None:
-    """A peer that gave way comes back as a newcomer: it does not displace who displaced it."""
-    fresh = Standing(kept=other.kept, blame=other.blame, crowd=other.crowd)
-    returning = Standing(kept=one.kept, blame=one.blame, crowd=one.crowd)
-    if gives_way(one, fresh, IDLE_S) and not one.kept and not other.kept:
-        assert gives_way(fresh, returning, IDLE_S) is None
+    """Whoever gave way comes back as a newcomer, and meets one that has just come too."""
+    fresh = [Standing(kept=each.kept, blame=each.blame, crowd=each.crowd) for each in (one, other)]
+    assert not (gives_way(fresh[0], fresh[1], IDLE_S) and gives_way(fresh[1], fresh[0], IDLE_S))
 
 
 # -- memory ----------------------------------------------------------------------------------------------------
