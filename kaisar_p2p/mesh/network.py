@@ -53,6 +53,7 @@ from multiaddr import Multiaddr  # isort: skip
 log = logging.getLogger(__name__)
 
 _GRACE_S = 0.5
+_TOLD_MISMATCHES = 20  # log entries about other pre-shared keys; a stranger could cause any number
 _RETIRED_S = 10.0
 _RETIRED_RELAYED_S = 24 * 3600.0  # a tunnel that began before the direct connection goes on; the relay has limits
 _ANY_ADDRESS = Multiaddr("/ip4/0.0.0.0/tcp/0")  # the library only logs it
@@ -288,7 +289,8 @@ class Network(Swarm):
         reason = _root(error)
         if isinstance(reason, PreSharedKeyMismatch):  # somebody's mistake, or a stranger: both are kept out, no more
             self.refused["pre-shared key"] += 1
-            log.info("not connecting with %s: %s", origin.account, reason.message)
+            level = logging.INFO if self.refused["pre-shared key"] <= _TOLD_MISMATCHES else logging.DEBUG
+            log.log(level, "not connecting with %s: %s", origin.account, reason.message)
             return
         self.refused["handshake"] += 1
         self.on_failed_handshake(origin)
