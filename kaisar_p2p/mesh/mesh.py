@@ -148,6 +148,7 @@ class Mesh:
             signing_key,
             relay=config.relay,
             preferred=lambda: (*self._kept, *self._offering(RELAY)),
+            connect=self._discovery.connect,
             own_addresses=lambda: self.addrs,
             allow_private=config.allow_private,
             rng=rng,

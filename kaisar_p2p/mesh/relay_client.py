@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
 import trio
@@ -74,13 +74,14 @@ class RelayClient:
         network: Network,
         *,
         preferred: Callable[[], Iterable[bytes]],
+        connect: Callable[[bytes], Awaitable[Connection]],
         allow_private: bool | None,
         rng: random.Random,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.on_changed: Callable[[], None] = lambda: None  # `addresses` are others
         self._network = network
-        self._preferred = preferred
+        self._preferred, self._connect = preferred, connect
         self._allow_private = allow_private
         self._rng = rng
         self._wall_clock = wall_clock
@@ -121,7 +122,7 @@ class RelayClient:
             before = self.addresses
             self._forget_ended()
             if self._wanted:
-                await self._ask(self._due())
+                await self._look_after()
             if self.addresses != before:
                 self.on_changed()
             with trio.move_on_after(self._pause_s()):
@@ -134,15 +135,29 @@ class RelayClient:
         for key, held in list(self._held.items()):
             if held.connection.event_closed.is_set() or not self._wanted:
                 del self._held[key]
-        connected = set(self._network.connected_keys())
-        self._refused = {key: refused for key, refused in self._refused.items() if key in connected}
+        now, connected = trio.current_time(), set(self._network.connected_keys())
+        self._refused = {key: r for key, r in self._refused.items() if key in connected or r.retry > now}
 
-    def _due(self) -> list[Connection]:
-        """Relays to ask now: ours whose reservation grows old, and new ones for those that are missing."""
+    async def _look_after(self) -> None:
+        """Ask relays: ours whose reservation grows old, and new ones for those that are missing."""
         now = trio.current_time()
         old = [held.connection for held in self._held.values() if held.refresh <= now]
-        missing = self._network.limits.relays - len(self._held)
-        return old + self._candidates(now)[: max(0, missing)]
+        missing = max(0, self._network.limits.relays - len(self._held))
+        new = self._candidates(now)[:missing]
+        async with trio.open_nursery() as nursery:
+            for connection in old + new:
+                nursery.start_soon(self._ask, connection)
+            for key in self._absent(now)[: missing - len(new)]:
+                nursery.start_soon(self._approach, key)
+
+    def _absent(self, now: float) -> list[bytes]:
+        """Peers said to relay that we are not connected with."""
+        keys = [key for key in self._preferred() if self._may_ask(key, now) and not self._network.connection_to(key)]
+        self._rng.shuffle(keys)
+        return keys
+
+    def _may_ask(self, key: bytes, now: float) -> bool:
+        return key not in self._held and self._refused.get(key, _Refused()).retry <= now
 
     def _candidates(self, now: float) -> list[Connection]:
         preferred = list(self._preferred())
@@ -151,7 +166,7 @@ class RelayClient:
         return [
             connection
             for key in preferred + others
-            if key not in self._held and self._refused.get(key, _Refused()).retry <= now
+            if self._may_ask(key, now)
             for connection in (self._network.connection_to(key),)
             if connection is not None and self._may_relay(connection)
         ]
@@ -162,24 +177,29 @@ class RelayClient:
         host = connection.remote_host
         return host != "" and self._is_usable(Address("ip6" if ":" in host else "ip4", host, 1))
 
-    async def _ask(self, connections: Iterable[Connection]) -> None:
-        async with trio.open_nursery() as nursery:
-            for connection in connections:
-                nursery.start_soon(self._ask_one, connection)
+    async def _approach(self, key: bytes) -> None:
+        try:
+            with trio.fail_after(_ASK_S):
+                await self._connect(key)
+        except (PeerUnreachable, trio.TooSlowError) as error:
+            self._note_refusal(key, error)
 
-    async def _ask_one(self, connection: Connection) -> None:
+    def _note_refusal(self, key: bytes, error: Exception) -> None:
+        log.debug("no reservation at %s: %s", key.hex()[:12], error)
+        self._held.pop(key, None)
+        refused = self._refused.setdefault(key, _Refused())
+        delay_s = min(_ASK_AGAIN_S * 2**refused.times, _ASK_AGAIN_MAX_S) * self._rng.uniform(0.75, 1.25)
+        refused.times = min(refused.times + 1, 16)
+        refused.retry = trio.current_time() + delay_s
+        self.wake()  # there may be somebody else
+
+    async def _ask(self, connection: Connection) -> None:
         key = connection.key
         self._asking.add(key)
         try:
             held = await self._reserve(connection)
         except (RequestFailed, MuxedStreamError, MuxedConnUnavailable, trio.TooSlowError) as error:
-            log.debug("no reservation at %s: %s", key.hex()[:12], error)
-            self._held.pop(key, None)
-            refused = self._refused.setdefault(key, _Refused())
-            delay_s = min(_ASK_AGAIN_S * 2**refused.times, _ASK_AGAIN_MAX_S) * self._rng.uniform(0.75, 1.25)
-            refused.times += 1
-            refused.retry = trio.current_time() + delay_s
-            self.wake()  # there may be somebody else
+            self._note_refusal(key, error)
         else:
             if key not in self._held:
                 log.info("reachable through the relay %s at %s", key.hex()[:12], held.addresses[0].through)

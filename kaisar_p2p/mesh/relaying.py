@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Literal
 
 import trio
@@ -27,12 +27,13 @@ class Relaying:
         *,
         relay: bool | None,
         preferred: Callable[[], Iterable[bytes]],
+        connect: Callable[[bytes], Awaitable[Connection]],
         own_addresses: Callable[[], tuple[str, ...]],
         allow_private: bool | None,
         rng: random.Random,
     ) -> None:
         self.server = Relay(network, signing_key, own_addresses)
-        self.client = RelayClient(network, preferred=preferred, allow_private=allow_private, rng=rng)
+        self.client = RelayClient(network, preferred=preferred, connect=connect, allow_private=allow_private, rng=rng)
         self._punch = HolePunch(network)
         self.on_offer: Callable[[bool], None] = lambda _offered: None  # we began or ceased to relay
         self._relay = relay

@@ -285,6 +285,14 @@ async def test_a_new_relay_replaces_one_that_is_gone(internet) -> None:
     await _eventually(lambda: b._relaying.client.relays == (second.key,), within_s=5)
 
 
+async def test_a_relay_that_is_known_by_its_record_is_dialed(internet) -> None:
+    relay, meeting = await internet.relay(), await internet.node(hidden=False)
+    relay.keep_connected(meeting.key, meeting.addrs)
+    await relay.wait_connected()
+    b = await internet.node(meeting)  # not connected with the relay, and it looks for nobody
+    await _eventually(lambda: b._relaying.client.relays == (relay.key,))
+
+
 async def test_reservations_are_refreshed_before_they_run_out(internet, monkeypatch) -> None:
     monkeypatch.setattr(relay_client, "_LIFETIME_S", (0.1, 0.5))
     relay = await internet.relay(relay_asks_per_s=100.0)
