@@ -20,6 +20,8 @@ ATTACKS: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
 }
 
 _LONGEST_S = 45.0
+_IN_TIME = {"two_places", "restarts", "resets_gossip_streams", "raising_validators", "publishes", "wrong_clock"}
+"""These do not flood, and what they say has to come in time, also on a machine that has no time."""
 
 
 async def _attack(name: str, target: Target, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -32,8 +34,9 @@ async def _attack(name: str, target: Target, arguments: dict[str, Any]) -> dict[
 
 def main() -> None:
     """Attack, and say what came of it on one line."""
-    os.nice(19)
     name, arguments = sys.argv[1], json.loads(sys.argv[2])
+    if name not in _IN_TIME:
+        os.nice(19)
     target = Target(tuple(arguments.pop("host_and_port")), bytes.fromhex(arguments.pop("key")))
     print(json.dumps(trio.run(_attack, name, target, arguments)))
 

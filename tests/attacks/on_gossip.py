@@ -255,7 +255,7 @@ async def resets_gossip_streams(nursery: trio.Nursery, target: Target) -> dict[s
             del peer.opened[stream]
             await peer.seal(b"\x00\x01\x00\x08" + stream.to_bytes(4, "big") + bytes(4))
     before = sum(map(len, peer.received.values()))
-    await until(lambda: sum(map(len, peer.received.values())) > before + 2000, 5)
+    await until(lambda: sum(map(len, peer.received.values())) > before + 2000, 15)
     return {"heard": sum(map(len, peer.received.values())) - before, "ended": peer.ended.is_set()}
 
 
