@@ -23,6 +23,7 @@ from kaisar_p2p.wire.verdict import Verdict
 log = logging.getLogger(__name__)
 
 _TURN_S = 0.004  # of judging before others have their turn
+_CHANCES = 4  # rounds of the scheduler in which a full subscriber may take something
 _THREAD_BATCH = 8  # messages of one visit to the worker thread: it costs as much as two signature checks
 _OVERHEAD_BYTES = 1024  # that a waiting message costs beside its own bytes
 
@@ -150,27 +151,41 @@ class Intake:
             self._lost(arrival)
 
     async def _work(self) -> None:
+        """Turns of judging. A subscriber whose queue is full gets a chance to make room before it loses a message."""
+        slow: set[str] = set()  # had the chance and did not take it
+        full: Subscription | None = None
         try:
             while self._queues:
-                until = time.perf_counter() + _TURN_S
-                while self._queues and time.perf_counter() < until:
-                    if self._judge_next():
-                        break
                 await trio.lowlevel.checkpoint()
+                if full is not None and not await self._makes_room(full):
+                    slow.add(full.name)
+                full, until = None, time.perf_counter() + _TURN_S
+                while self._queues and full is None and time.perf_counter() < until:
+                    subscription = self._judge_next()
+                    if not subscription.full:
+                        slow.discard(subscription.name)
+                    elif subscription.name not in slow:
+                        full = subscription
         finally:
             self._working = False
 
-    def _judge_next(self) -> bool:
-        """Judge a message; True when its subscriber should have a chance to make room now."""
+    @staticmethod
+    async def _makes_room(subscription: Subscription) -> bool:
+        for _ in range(_CHANCES):
+            if not subscription.full:
+                return True
+            await trio.lowlevel.checkpoint()
+        return not subscription.full
+
+    def _judge_next(self) -> Subscription:
         arrival = self._queues.take()
         subscription = arrival.subscription
-        was_full = subscription.full
         late = time.time() - arrival.received_at > self._limits.inbound_wait_s
         if late and subscription.priority > 0:  # news that are this late only delay those behind them
             self._give_way([arrival])
         else:
             self._judge(arrival)
-        return subscription.full and not was_full
+        return subscription
 
     def _judge(self, arrival: Arrival) -> None:
         heavy, name = arrival.subscription.heavy, arrival.subscription.name

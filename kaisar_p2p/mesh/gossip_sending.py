@@ -173,17 +173,22 @@ class Outbox:
                 await stream.write(proposal(PROTOCOL))
                 await confirm(stream, PROTOCOL)
             if self._network.connection_to(connection.key) is not connection:
-                return  # a better one came meanwhile
+                stream.reset_nowait()  # a better one came meanwhile
+                return
             async with trio.open_nursery() as nursery:
-                link.sending, link.stream, link.unsent = nursery.cancel_scope, stream, b""
+                link.sending, link.stream = nursery.cancel_scope, stream  # what is unsent are whole frames
                 self.announce_to(link)
                 link.flush()
                 nursery.start_soon(self._cancel_at_end, stream, nursery.cancel_scope)
                 await self._write_unsent(connection, stream, link)
                 nursery.cancel_scope.cancel()
+            link.sending = link.stream = None
+            await stream.close()  # a reset would take back what has not left yet
+        except BaseException:
+            stream.reset_nowait()
+            raise
         finally:
             link.sending = link.stream = None
-            stream.reset_nowait()
 
     def announce_to(self, link: Link) -> None:
         """Tell a peer what we subscribe to."""

@@ -176,3 +176,118 @@ def test_routers_that_talk_to_each_other_reach_everybody(seed: int, count: int) 
                 hops[peer] = hops[name] + 1
                 queue.append(peer)
     assert reached == set(names)
+
+
+def test_those_who_dial_us_cannot_fill_a_mesh() -> None:
+    made = router()
+    attackers = with_peers(made, 40, outbound=False)
+    for peer in attackers:
+        made.on_graft(peer, [T], 0.0)
+    assert len(made.mesh[T]) == gossipsub.DEGREE_HIGH
+    for name in (b"ours1", b"ours2", b"ours3"):
+        made.add_peer(name, outbound=True)
+        made.on_subscription(name, T, True)
+    made.heartbeat(1.0)
+    assert sum(peer not in attackers for peer in made.mesh[T]) >= gossipsub.DEGREE_OUTBOUND
+    made.heartbeat(2.0)
+    assert sum(peer not in attackers for peer in made.mesh[T]) >= gossipsub.DEGREE_OUTBOUND
+    assert len(made.mesh[T]) <= gossipsub.DEGREE_HIGH
+
+
+def test_of_120000_topics_few_are_stored_and_ours_always_are() -> None:
+    made = router()
+    made.add_peer(b"p", outbound=False)
+    for number in range(120_000):
+        made.on_subscription(b"p", f"unknown {number}", True)
+    made.on_subscription(b"p", "x" * 100_000, True)
+    made.on_subscription(b"p", T, True)
+    assert made.subscribers(T) == [b"p"]
+    topics = made._peers[b"p"].topics
+    assert len(topics) == gossipsub.MAX_TOPICS_PER_PEER + 1
+    assert max(map(len, topics)) <= gossipsub.MAX_TOPIC_LENGTH
+
+
+def test_questions_of_a_peer_are_limited_in_each_heartbeat() -> None:
+    made = router()
+    (peer,) = with_peers(made, 1)
+    for number in range(3000):
+        made.cache.put(b"%d" % number, T, b"entry")
+    ids = [b"%d" % number for number in range(3000)]
+    assert len(made.on_iwant(peer, ids)) == gossipsub.MAX_REQUESTS
+    assert made.on_iwant(peer, ids) == []
+    made.heartbeat(1.0)
+    assert len(made.on_iwant(peer, ids)) == gossipsub.MAX_REQUESTS
+    assert made.on_iwant(b"stranger", ids) == []
+
+
+def test_an_offer_is_a_promise() -> None:
+    made = router()
+    liar, honest, lucky = with_peers(made, 3)
+    seen: set[bytes] = set()
+    for peer, name in ((liar, b"never"), (honest, b"soon"), (lucky, b"from somebody else")):
+        assert made.on_ihave(peer, [(T, [name])], seen.__contains__, 0.0).iwant == [name]
+    made.on_kept_promise(honest, b"soon")
+    seen.add(b"from somebody else")
+    assert made.broken_promises(seen.__contains__, gossipsub.PROMISE_S - 0.1) == []
+    assert made.broken_promises(seen.__contains__, gossipsub.PROMISE_S) == [liar]
+    assert made.broken_promises(seen.__contains__, gossipsub.PROMISE_S + 1) == []
+
+
+def test_ids_that_no_message_can_have_are_not_asked_for() -> None:
+    made = router()
+    (peer,) = with_peers(made, 1)
+    assert made.on_ihave(peer, [(T, [bytes(100_000), b"id"])], lambda _: False, 0.0).iwant == [b"id"]
+
+
+PEERS = [b"a", b"b", b"c", b"d"]
+TOPICS = st.sampled_from([T, "other", "x" * 500])
+CALLS = st.one_of(
+    st.tuples(st.just("add"), st.sampled_from(PEERS), st.booleans()),
+    st.tuples(st.just("remove"), st.sampled_from(PEERS)),
+    st.tuples(st.just("subscription"), st.sampled_from(PEERS), TOPICS, st.booleans()),
+    st.tuples(st.just("graft"), st.sampled_from(PEERS), st.lists(TOPICS, max_size=4)),
+    st.tuples(st.just("prune"), st.sampled_from(PEERS), TOPICS, st.floats(-1e9, 1e18)),
+    st.tuples(st.just("ihave"), st.sampled_from(PEERS), TOPICS, st.lists(st.binary(max_size=100), max_size=20)),
+    st.tuples(st.just("iwant"), st.sampled_from(PEERS), st.lists(st.binary(max_size=2), max_size=20)),
+    st.tuples(st.just("put"), st.binary(max_size=2)),
+    st.tuples(st.just("score"), st.sampled_from(PEERS), st.floats(-10, 0)),
+    st.tuples(st.just("heartbeat")),
+)
+
+
+@given(st.lists(CALLS, max_size=60))
+def test_whatever_peers_do_the_meshes_hold_their_rules(calls: list[tuple]) -> None:  # type: ignore[type-arg]
+    scores: dict[bytes, float] = {}
+    made, present, now = router(scores=scores), set(), 0.0
+    for name, *arguments in calls:
+        now += 0.25
+        match name, arguments:
+            case "add", [peer, outbound]:
+                made.add_peer(peer, outbound=outbound)
+                present.add(peer)
+            case "remove", [peer]:
+                made.remove_peer(peer)
+                present.discard(peer)
+            case "subscription", [peer, topic, subscribe]:
+                made.on_subscription(peer, topic, subscribe)
+            case "graft", [peer, topics]:
+                answer, _ = made.on_graft(peer, topics, now)
+                assert {topic for topic, _ in answer.prune} <= {T}
+            case "prune", [peer, topic, backoff_s]:
+                made.on_prune(peer, topic, backoff_s, now)
+                assert all(until <= now + 10 * gossipsub.PRUNE_BACKOFF_S for until in made._backoff.values())
+            case "ihave", [peer, topic, ids]:
+                assert set(made.on_ihave(peer, [(topic, ids)], lambda _: False, now).iwant) <= set(ids)
+            case "iwant", [peer, ids]:
+                assert {found[0] for found in made.on_iwant(peer, ids)} <= set(ids)
+            case "put", [message_id]:
+                made.cache.put(message_id, T, b"entry")
+            case "score", [peer, score]:
+                scores[peer] = score
+            case "heartbeat", []:
+                out = made.heartbeat(now)
+                assert set(out) <= present
+                assert all(scores.get(peer, 0.0) >= 0 for peer in made.mesh[T])
+                made.broken_promises(lambda _: False, now)
+        assert set(made.mesh) == {T} and made.mesh[T] <= present
+        assert all(T in made._peers[peer].topics for peer in made.mesh[T])
