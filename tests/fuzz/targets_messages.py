@@ -24,7 +24,7 @@ from kaisar_p2p.mesh import (
     records,
 )
 from kaisar_p2p.mesh import gossip_wire as wire
-from kaisar_p2p.mesh.admission import origin_of
+from kaisar_p2p.mesh.connection import Connection
 from kaisar_p2p.mesh.ids import id_of
 from kaisar_p2p.mesh.negotiation import proposal
 from kaisar_p2p.mesh.yamux_frames import ProtocolViolation
@@ -35,6 +35,7 @@ from kaisar_p2p.wire.verdict import Verdict
 from tests.fuzz.engine import Target
 from tests.fuzz.streams import FakeStream
 
+from libp2p.connection_types import ConnectionType  # isort: skip
 from libp2p.io.exceptions import ConnectionClosedError  # isort: skip
 from libp2p.pubsub.pb import rpc_pb2  # isort: skip
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError  # isort: skip
@@ -223,6 +224,12 @@ class _FakeMuxer:
     def get_remote_address(self) -> tuple[str, int]:
         return "192.0.2.1", 4001
 
+    def get_transport_addresses(self) -> list[object]:
+        return []
+
+    def get_connection_type(self) -> ConnectionType:
+        return ConnectionType.DIRECT
+
 
 class _Silent(FakeStream):
     """Takes everything, and says nothing after its agreement."""
@@ -236,32 +243,6 @@ class _Silent(FakeStream):
             return await trio.sleep_forever()
 
 
-class FakeConnection:
-    """As much of a connection as handlers look at."""
-
-    inbound = True
-    retired = False
-    relayed = False
-    instance = None
-    address = None
-    remote_host = "192.0.2.1"
-    origin = origin_of(remote_host)
-    serving = 0
-    busy = False
-    useful_at = 0.0
-    local_port = 4002
-    remote_port = 4001
-    since = 0.0
-
-    def __init__(self, key: bytes) -> None:
-        self.key = key
-        self.muxer = self.muxed_conn = _FakeMuxer(key)
-        self.event_closed = trio.Event()
-
-    async def close(self) -> None:
-        pass
-
-
 def _accept(data: bytes, *_rest: object) -> tuple[Verdict, str]:
     return (Verdict.REJECT, "odd") if len(data) % 7 == 1 else (Verdict.ACCEPT, "")
 
@@ -271,7 +252,8 @@ class _Handlers:
 
     def __init__(self, mesh: Mesh, errors: list[str]) -> None:
         self._mesh, network, self.errors = mesh, mesh._network, errors
-        self.connection = FakeConnection(bytes(SigningKey(b"p" * 32).verify_key))
+        key = bytes(SigningKey(b"p" * 32).verify_key)
+        self.connection = Connection(_FakeMuxer(key), network, inbound=True, key=key)  # type: ignore[arg-type]
         network.connection_to = self._connection_to  # type: ignore[method-assign,assignment]
         network.connections_with = lambda _key: [self.connection]  # type: ignore[method-assign,assignment,list-item]
         network.dial = self._no_dial  # type: ignore[method-assign,assignment]
@@ -280,7 +262,7 @@ class _Handlers:
         self._requests = sorted(set(network.handlers) - {GOSSIP})
         mesh._gossip.on_connected(self.connection)  # type: ignore[arg-type]
 
-    def _connection_to(self, key: bytes) -> FakeConnection | None:
+    def _connection_to(self, key: bytes) -> Connection | None:
         return self.connection if key == self.connection.key else None
 
     @staticmethod
