@@ -138,6 +138,8 @@ class Internet:
     def __init__(self, nursery: trio.Nursery, stack: AsyncExitStack, iptables: str) -> None:
         self._nursery, self._stack, self._iptables = nursery, stack, iptables
         self._networks = iter(_NETWORKS)
+        self._cables: dict[str, str] = {}  # the router's end of them, by address
+        self.pre_shared_key = b""  # of all meshes that are started
         self._router = self._namespace()
         _inside(self._router, "sysctl", "-qw", "net.ipv4.ip_forward=1")
 
@@ -161,7 +163,7 @@ class Internet:
     async def host(self, *, relay: bool | None = None, **limits: object) -> Subject:
         """A mesh on a machine with a public address."""
         namespace, network = self._namespace(), next(self._networks)
-        self._cable(namespace, self._router, network)
+        self._cables[f"{network}.2"] = self._cable(namespace, self._router, network)
         return await self._start(namespace, f"{network}.2", relay=relay, limits=limits)
 
     async def home(self, nat: Nat, *, forwards: bool = False, upnp: bool = False, **limits: object) -> Subject:
@@ -205,7 +207,13 @@ class Internet:
     async def _start(
         self, namespace: str, host: str, *, relay: bool | None, limits: dict[str, object], upnp: bool = False
     ) -> Subject:
-        settings = {"listen": [f"/ip4/0.0.0.0/tcp/{PORT}"], "relay": relay, "limits": limits, "upnp": upnp}
+        settings = {
+            "listen": [f"/ip4/0.0.0.0/tcp/{PORT}"],
+            "relay": relay,
+            "limits": limits,
+            "upnp": upnp,
+            "pre_shared_key": self.pre_shared_key.hex(),
+        }
         command = ["ip", "netns", "exec", namespace, sys.executable, str(_PROCESS), json.dumps(settings)]
         process = await trio.lowlevel.open_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._stack.push_async_callback(_end, process)
@@ -213,6 +221,10 @@ class Internet:
         with trio.fail_after(30):
             await self._nursery.start(subject.read)
         return subject
+
+    def unplug(self, subject: Subject) -> None:
+        """Cut the cable of a host: nobody is told that it is gone."""
+        _run("ip", "-n", self._router, "link", "set", self._cables[subject.host], "down")
 
     async def connect(self, subject: Subject, *others: Subject) -> None:
         """Let a mesh stay connected with others, all of which have public addresses."""

@@ -135,6 +135,7 @@ async def main(settings: dict[str, Any]) -> None:
         listen=tuple(settings["listen"]),
         network="lab",
         relay=settings.get("relay"),
+        pre_shared_key=bytes.fromhex(settings["pre_shared_key"]) or None,
         upnp=settings.get("upnp", False),
         mdns=False,
         limits=MeshLimits(**settings.get("limits", {})),

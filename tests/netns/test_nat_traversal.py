@@ -16,9 +16,9 @@ def _has_circuit(info) -> bool:
     return any("p2p-circuit" in address for address in info["addresses"])
 
 
-async def _two_homes(internet, nat: str, *hosts):
+async def _two_homes(internet, nat: str, *hosts, **limits):
     """Two nodes behind NATs of their own, connected with the hosts; the first knows the addresses of the second."""
-    a, b = await internet.home(nat), await internet.home(nat)
+    a, b = await internet.home(nat, **limits), await internet.home(nat, **limits)
     for node in (a, b):
         await internet.connect(node, *hosts)
     for node in (a, b):
@@ -32,7 +32,9 @@ async def _works(a, b, size: int = 1000) -> None:
     assert answer.get("same"), answer
 
 
-async def test_a_hole_is_punched_through_nats_that_keep_ports(internet) -> None:
+@pytest.mark.parametrize("pre_shared_key", [b"", bytes(range(32))], ids=["open", "private"])
+async def test_a_hole_is_punched_through_nats_that_keep_ports(internet, pre_shared_key: bytes) -> None:
+    internet.pre_shared_key = pre_shared_key
     relay, witness = await internet.host(relay=True), await internet.host(relay=False)
     a, b = await _two_homes(internet, "keeps-ports", relay, witness)
     await a.ask("tunnel", name="early", peer=b.key, deadline_s=15)
@@ -71,15 +73,19 @@ async def test_a_node_with_a_public_address_is_dialed_back(internet) -> None:
     await public.until(lambda info: info["peers"].get(home.key) is False)
 
 
-async def test_another_relay_takes_over(internet) -> None:
+@pytest.mark.parametrize("how", ["killed", "unplugged"])
+async def test_another_relay_takes_over(internet, how: str) -> None:
     relays = [await internet.host(relay=True) for _ in range(2)]
-    a, b = await _two_homes(internet, "random-ports", *relays)
+    a, b = await _two_homes(internet, "random-ports", *relays, keepalive_s=1.0)
     await b.until(lambda info: sum("p2p-circuit" in address for address in info["addresses"]) == 2)
     await a.knows(b)
     await _works(a, b)
     used = [relay for relay in relays if (await relay.info())["circuits"]]
     assert len(used) == 1
-    used[0].kill()
+    if how == "killed":
+        used[0].kill()
+    else:
+        internet.unplug(used[0])
     began = time.monotonic()
     while True:
         answer = await a.ask("echo", peer=b.key, size=1000, deadline_s=5)
