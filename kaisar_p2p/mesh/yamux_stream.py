@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 __all__ = ["FRAME_BYTES", "ConnectionOver", "MuxedStream", "ProtocolViolation", "ReceivedBytes"]
 
 _QUEUE_BYTES = 256 * 1024  # written to a stream and not sent: a writer waits above this
+_WRITES_IN_A_ROW = 128  # that do not have to wait: then other tasks have their turn
 _SMALL_QUEUE = 4 * 1024  # that a stream may have even when its connection is crowded
 _NOWAIT_QUEUE = 64 * 1024  # above this, `write_nowait` leaves it to its caller what goes first
 _SMALL_PIECE = 4 * 1024  # received pieces below this share memory: many tiny frames cost no more than their bytes
@@ -162,6 +163,8 @@ class MuxedStream(IMuxedStream):
         size = len(data)
         if 0 < size <= min(self._allowance, self._room()) and not self._closed and not self._write_lock.locked():
             self._queue(bytes(data))
+            if not len(self._outgoing) % _WRITES_IN_A_ROW:
+                await trio.lowlevel.checkpoint()
         else:
             await self._write_in_parts(memoryview(bytes(data)))
 

@@ -382,3 +382,21 @@ async def test_a_peer_that_sends_too_many_frames_is_read_slowly(autojump_clock) 
 async def muxer_read(muxer: Muxer, count: int) -> None:
     while muxer.received_bytes < count:  # noqa: ASYNC110  (nothing tells of it)
         await trio.sleep(0.01)
+
+
+async def test_tiny_writes_let_other_tasks_run(pair) -> None:
+    a, _ = await opened(pair)
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(other)
+        for _ in range(10_000):
+            await a.write(b"x")
+        nursery.cancel_scope.cancel()
+    assert turns >= 50
