@@ -58,6 +58,21 @@ def decode(data: bytes) -> dict[int, list[Any]]:
     return fields
 
 
+def split(data: bytes) -> tuple[list[bytes], bytes]:
+    """The complete messages, each behind its length, and what is left."""
+    messages, start = [], 0
+    while start < len(data):
+        try:
+            size, offset = read_varint(data, start)
+        except IndexError:
+            break
+        if offset + size > len(data):
+            break
+        messages.append(data[offset : offset + size])
+        start = offset + size
+    return messages, data[start:]
+
+
 def undelimited(data: bytes) -> bytes:
     """The message behind its length; raises ValueError when there are more or fewer bytes."""
     size, offset = read_varint(data, 0)

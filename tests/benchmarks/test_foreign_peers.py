@@ -25,6 +25,14 @@ def test_messages_are_read_back(fields) -> None:
     assert protobuf.decode(protobuf.encode(*fields)) == expected
 
 
+@given(st.lists(st.binary(max_size=300), max_size=8), st.integers(0, 400))
+def test_messages_are_split_wherever_the_stream_is_cut(messages: list[bytes], cut: int) -> None:
+    data = b"".join(protobuf.varint(len(message)) + message for message in messages)
+    first, rest = protobuf.split(data[:cut])
+    second, rest = protobuf.split(rest + data[cut:])
+    assert (first + second, rest) == (messages, b"")
+
+
 def test_an_undelimited_message_has_exactly_its_length() -> None:
     assert protobuf.undelimited(b"\x03abc") == b"abc"
     for wrong in (b"\x03ab", b"\x03abcd"):
