@@ -89,3 +89,13 @@ async def lab() -> AsyncIterator[Lab]:
     async with trio.open_nursery() as nursery:
         yield Lab(nursery)
         nursery.cancel_scope.cancel()
+
+
+@pytest.fixture
+async def internet() -> AsyncIterator[object]:
+    """Meshes behind NATs and relays, see `relay_lab.Internet`."""
+    from tests.kaisar_p2p.mesh.relay_lab import Internet
+
+    async with trio.open_nursery() as nursery:
+        yield Internet(nursery)
+        nursery.cancel_scope.cancel()

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import time
-from collections.abc import AsyncIterator
-from dataclasses import replace
 
 import pytest
 import trio
 
 from kaisar_p2p.errors import PeerUnreachable, RequestFailed
-from kaisar_p2p.mesh import Mesh, MeshConfig, MeshLimits, MeshStream, open_mesh, relay_client
-from kaisar_p2p.mesh.addresses import Address, CircuitAddress, with_peer
+from kaisar_p2p.mesh import MeshStream, relay_client
+from kaisar_p2p.mesh.addresses import CircuitAddress, with_peer
 from kaisar_p2p.mesh.circuit_wire import (
     HOP,
     STOP,
@@ -29,123 +26,15 @@ from kaisar_p2p.mesh.circuit_wire import (
     receive,
     send,
 )
-from kaisar_p2p.mesh.connection import Connection, TcpStream
+from kaisar_p2p.mesh.connection import Connection
 from kaisar_p2p.mesh.ids import id_bytes_of
 from kaisar_p2p.mesh.negotiation import confirm, proposal
 from kaisar_p2p.mesh.protobuf import parse_fields
 from kaisar_p2p.wire.verdict import Verdict
+from tests.kaisar_p2p.mesh.conftest import eventually
+from tests.kaisar_p2p.mesh.relay_lab import LIMITS, circuits, echoed, introduce, relayed
 
 from libp2p.peer.envelope import unmarshal_envelope  # isort: skip
-
-LIMITS = MeshLimits(heartbeat_s=0.1, keepalive_s=1.0, exchange_s=0.5, target_peers=0)
-
-
-async def _eventually(condition, within_s: float = 15.0) -> None:
-    with trio.fail_after(within_s):
-        while not condition():  # noqa: ASYNC110  (many conditions have no event)
-            await trio.sleep(0.005)
-
-
-async def _echo(stream: MeshStream) -> None:
-    while data := await stream.receive_some():
-        await stream.send_some(data)
-    await stream.send_eof()
-
-
-class Internet:
-    """Meshes on loopback; the hidden ones cannot be dialed by any other."""
-
-    def __init__(self, nursery: trio.Nursery) -> None:
-        self._nursery = nursery
-        self._scopes: dict[bytes, tuple[trio.CancelScope, trio.Event]] = {}
-        self.hidden: set[int] = set()  # ports
-
-    async def relay(self, **limits: object) -> Mesh:
-        return await self._mesh(relay=True, limits=limits)
-
-    async def node(self, *relays: Mesh, hidden: bool = True, reserve: bool = True, **limits: object) -> Mesh:
-        """A node that is connected with the relays; a hidden one wants to have reservations at them."""
-        mesh = await self._mesh(relay=False, limits=limits)
-        if hidden:
-            self.hidden.add(mesh._network.bound[0].port)
-            mesh._relaying.client.want(reserve)
-        for relay in relays:
-            mesh.keep_connected(relay.key, relay.addrs)
-        with trio.fail_after(10):
-            await mesh.wait_connected(len(relays))
-        return mesh
-
-    async def hidden_node(self, *relays: Mesh, **limits: object) -> Mesh:
-        """As `node`, with its reservations."""
-        mesh = await self.node(*relays, **limits)
-        await _eventually(lambda: len(_circuits(mesh)) == len(relays))
-        return mesh
-
-    async def _mesh(self, *, relay: bool, limits: dict[str, object]) -> Mesh:
-        config = MeshConfig(relay=relay, network="test", limits=replace(LIMITS, **limits), mdns=False)  # type: ignore[arg-type]
-        mesh = await self._nursery.start(self._run, config)
-        dial = mesh._network.open_raw
-
-        async def open_raw(address: Address, *, fresh_port: bool = False) -> TcpStream:
-            if address.port in self.hidden:
-                raise OSError(errno.EHOSTUNREACH, "behind a NAT")
-            return await dial(address, fresh_port=fresh_port)
-
-        mesh._network.open_raw = open_raw  # type: ignore[method-assign]
-        mesh.serve("/echo", _echo, max_frame_bytes=1 << 20, per_peer=64, rate_per_s=1000)
-        return mesh
-
-    async def _run(self, config: MeshConfig, *, task_status: trio.TaskStatus[Mesh]) -> None:
-        stopped = trio.Event()
-        try:
-            with trio.CancelScope() as scope:
-                async with open_mesh(config, os.urandom(32)) as mesh:
-                    self._scopes[mesh.key] = (scope, stopped)
-                    task_status.started(mesh)
-                    await trio.sleep_forever()
-        finally:
-            stopped.set()
-
-    async def stop(self, mesh: Mesh) -> None:
-        scope, stopped = self._scopes[mesh.key]
-        scope.cancel()
-        await stopped.wait()
-
-
-@pytest.fixture
-async def internet() -> AsyncIterator[Internet]:
-    async with trio.open_nursery() as nursery:
-        yield Internet(nursery)
-        nursery.cancel_scope.cancel()
-
-
-async def _echoed(mesh: Mesh, peer: Mesh, data: bytes = b"hello", deadline_s: float = 10) -> bytes:
-    with trio.fail_after(deadline_s):
-        async with await mesh.open_stream(peer.key, "/echo", timeout_s=deadline_s, max_frame_bytes=1024) as stream:
-            received = b""
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_send_all, stream, data)
-                while part := await stream.receive_some():
-                    received += part
-            return received
-
-
-async def _send_all(stream: MeshStream, data: bytes) -> None:
-    await stream.send_some(data)
-    await stream.send_eof()
-
-
-def _relayed(mesh: Mesh, peer: Mesh) -> list[bool]:
-    return [info.relayed for info in mesh.peers() if info.key == peer.key]
-
-
-def _introduce(asker: Mesh, hidden: Mesh) -> None:
-    asker.add_addresses(hidden.key, _circuits(hidden))
-
-
-def _circuits(mesh: Mesh) -> list[str]:
-    return [address for address in mesh.addrs if "p2p-circuit" in address]
-
 
 # -- reaching each other ----------------------------------------------------------------------------------------------
 
@@ -153,10 +42,10 @@ def _circuits(mesh: Mesh) -> list[str]:
 async def test_two_hidden_nodes_talk_over_a_relay(internet) -> None:
     relay = await internet.relay()
     a, b = await internet.hidden_node(relay), await internet.hidden_node(relay)
-    _introduce(a, b)
+    introduce(a, b)
     payload = os.urandom(1 << 20)
-    assert await _echoed(a, b, payload) == payload
-    assert _relayed(a, b) == _relayed(b, a) == [True]
+    assert await echoed(a, b, payload) == payload
+    assert relayed(a, b) == relayed(b, a) == [True]
     carried = relay.relay_statistics()
     assert (carried.reservations, carried.circuits) == (2, 1)
     assert carried.relayed_bytes > 2 * len(payload)
@@ -165,7 +54,7 @@ async def test_two_hidden_nodes_talk_over_a_relay(internet) -> None:
 async def test_every_method_of_the_mesh_finds_the_way(internet) -> None:
     relay = await internet.relay()
     a, b = await internet.hidden_node(relay), await internet.hidden_node(relay)
-    _introduce(a, b)
+    introduce(a, b)
 
     async def answer(stream: MeshStream) -> None:
         await stream.send_frame(await stream.receive_frame() + b" from " + stream.peer)
@@ -177,7 +66,7 @@ async def test_every_method_of_the_mesh_finds_the_way(internet) -> None:
 async def test_the_addresses_over_relays_are_announced(internet) -> None:
     relays = [await internet.relay() for _ in range(2)]
     b = await internet.hidden_node(*relays)
-    assert sorted(_circuits(b)) == sorted(
+    assert sorted(circuits(b)) == sorted(
         f"{relay.addrs[0]}/p2p-circuit/p2p/{b.addrs[0].rsplit('/', 1)[1]}" for relay in relays
     )
 
@@ -185,19 +74,19 @@ async def test_the_addresses_over_relays_are_announced(internet) -> None:
 async def test_a_peer_finds_a_hidden_one_by_asking_the_relay(internet) -> None:
     relay = await internet.relay()
     b = await internet.hidden_node(relay)
-    await _eventually(lambda: any(isinstance(at, CircuitAddress) for at in relay._book.of(b.key)))
+    await eventually(lambda: any(isinstance(at, CircuitAddress) for at in relay._book.of(b.key)))
     a = await internet.node(relay, hidden=True)
-    assert await _echoed(a, b) == b"hello"
+    assert await echoed(a, b) == b"hello"
 
 
 async def test_gossip_crosses_a_relay_that_takes_no_part(internet) -> None:
     relay = await internet.relay()
     a, b = await internet.hidden_node(relay), await internet.hidden_node(relay)
-    _introduce(a, b)
+    introduce(a, b)
     received = b.subscribe("news", lambda *_message: (Verdict.ACCEPT, ""))
     a.subscribe("news", lambda *_message: (Verdict.ACCEPT, ""))
-    await _echoed(a, b)
-    await _eventually(lambda: b.key in a.subscribers("news"))
+    await echoed(a, b)
+    await eventually(lambda: b.key in a.subscribers("news"))
     await a.publish("news", b"hello")
     with trio.fail_after(10):
         message = await received.receive()
@@ -207,7 +96,7 @@ async def test_gossip_crosses_a_relay_that_takes_no_part(internet) -> None:
 async def test_half_close_and_reset_cross_a_relay(internet) -> None:
     relay = await internet.relay()
     a, b = await internet.hidden_node(relay), await internet.hidden_node(relay)
-    _introduce(a, b)
+    introduce(a, b)
 
     async def count(stream: MeshStream) -> None:
         size = 0
@@ -230,13 +119,13 @@ async def test_half_close_and_reset_cross_a_relay(internet) -> None:
         await stream.send_some(b"x")
         with pytest.raises(RequestFailed):
             await stream.receive_frame()
-    assert await _echoed(a, b) == b"hello"
+    assert await echoed(a, b) == b"hello"
 
 
 async def test_a_receiver_that_does_not_read_stops_the_sender_not_the_relay(internet) -> None:
     relay = await internet.relay()
     a, b = await internet.hidden_node(relay), await internet.hidden_node(relay)
-    _introduce(a, b)
+    introduce(a, b)
     go_on = trio.Event()
 
     async def late(stream: MeshStream) -> None:
@@ -260,8 +149,8 @@ async def test_a_receiver_that_does_not_read_stops_the_sender_not_the_relay(inte
 async def test_another_relay_takes_over(internet) -> None:
     first, second = await internet.relay(), await internet.relay()
     a, b = await internet.hidden_node(first, second), await internet.hidden_node(first, second)
-    _introduce(a, b)
-    assert await _echoed(a, b) == b"hello"
+    introduce(a, b)
+    assert await echoed(a, b) == b"hello"
     used, other = (first, second) if first.relay_statistics().circuits else (second, first)
     stream = await a.open_stream(b.key, "/echo", timeout_s=5, max_frame_bytes=100)
     await internet.stop(used)
@@ -269,9 +158,9 @@ async def test_another_relay_takes_over(internet) -> None:
         while await stream.receive_some():
             pass
         raise RequestFailed("it ended")
-    assert await _echoed(a, b) == b"hello"
+    assert await echoed(a, b) == b"hello"
     assert other.relay_statistics().circuits == 1
-    await _eventually(lambda: b._relaying.client.relays == (other.key,))
+    await eventually(lambda: b._relaying.client.relays == (other.key,))
 
 
 async def test_a_new_relay_replaces_one_that_is_gone(internet) -> None:
@@ -282,7 +171,7 @@ async def test_a_new_relay_replaces_one_that_is_gone(internet) -> None:
     await b.wait_connected(2)
     assert b._relaying.client.relays == (first.key,)
     await internet.stop(first)
-    await _eventually(lambda: b._relaying.client.relays == (second.key,), within_s=5)
+    await eventually(lambda: b._relaying.client.relays == (second.key,), within_s=5)
 
 
 async def test_a_relay_that_is_known_by_its_record_is_dialed(internet) -> None:
@@ -290,7 +179,7 @@ async def test_a_relay_that_is_known_by_its_record_is_dialed(internet) -> None:
     relay.keep_connected(meeting.key, meeting.addrs)
     await relay.wait_connected()
     b = await internet.node(meeting)  # not connected with the relay, and it looks for nobody
-    await _eventually(lambda: b._relaying.client.relays == (relay.key,))
+    await eventually(lambda: b._relaying.client.relays == (relay.key,))
 
 
 async def test_reservations_are_refreshed_before_they_run_out(internet, monkeypatch) -> None:
@@ -300,7 +189,7 @@ async def test_reservations_are_refreshed_before_they_run_out(internet, monkeypa
     reserve = relay._relaying.server._reserve
     monkeypatch.setattr(relay._relaying.server, "_reserve", lambda *args: (asked.append(args), reserve(*args))[1])
     b = await internet.hidden_node(relay)
-    await _eventually(lambda: len(asked) >= 4)
+    await eventually(lambda: len(asked) >= 4)
     assert b._relaying.client.relays == (relay.key,)
 
 
@@ -309,14 +198,14 @@ async def test_a_reservation_ends_with_the_connection(internet) -> None:
     b = await internet.hidden_node(relay)
     assert relay.relay_statistics().reservations == 1
     await internet.stop(b)
-    await _eventually(lambda: relay.relay_statistics().reservations == 0)
+    await eventually(lambda: relay.relay_statistics().reservations == 0)
 
 
 async def test_reservations_end_when_they_are_not_wanted(internet) -> None:
     relay = await internet.relay()
     b = await internet.hidden_node(relay)
     b._relaying.on_reachability("public")
-    await _eventually(lambda: not _circuits(b))
+    await eventually(lambda: not circuits(b))
 
 
 # -- quotas -----------------------------------------------------------------------------------------------------------
@@ -326,7 +215,7 @@ async def test_reservations_are_limited(internet) -> None:
     relay = await internet.relay(relay_reservations=1)
     await internet.hidden_node(relay)
     late = await internet.node(relay)
-    await _eventually(lambda: relay.relay_statistics().refused.get("reservations", 0) > 0)
+    await eventually(lambda: relay.relay_statistics().refused.get("reservations", 0) > 0)
     assert late._relaying.client.relays == ()
 
 
@@ -335,7 +224,7 @@ async def test_reservations_of_an_address_are_limited(internet) -> None:
     for _ in range(2):
         await internet.hidden_node(relay)
     await internet.node(relay)
-    await _eventually(lambda: relay.relay_statistics().refused.get("reservations of an address", 0) > 0)
+    await eventually(lambda: relay.relay_statistics().refused.get("reservations of an address", 0) > 0)
     assert relay.relay_statistics().reservations == 2
 
 
@@ -344,56 +233,56 @@ async def test_strangers_bulk_is_refused(internet) -> None:
     b = await internet.hidden_node(relay)
     member, stranger = await internet.hidden_node(relay), await internet.node(relay, reserve=False)
     for mesh in (member, stranger):
-        _introduce(mesh, b)
+        introduce(mesh, b)
     payload = os.urandom(1 << 20)
-    assert await _echoed(member, b, payload) == payload
-    assert await _echoed(stranger, b) == b"hello"
+    assert await echoed(member, b, payload) == payload
+    assert await echoed(stranger, b) == b"hello"
     with pytest.raises((RequestFailed, ExceptionGroup)):
-        assert await _echoed(stranger, b, payload) == payload
+        assert await echoed(stranger, b, payload) == payload
     assert relay.relay_statistics().refused["data"] == 1
-    await _eventually(lambda: relay.relay_statistics().circuits == 1)
+    await eventually(lambda: relay.relay_statistics().circuits == 1)
 
 
 async def test_the_node_says_who_is_a_member(internet) -> None:
     relay = await internet.relay(relay_stranger_bytes=300_000)
     a, b = await internet.hidden_node(relay), await internet.hidden_node(relay)
     relay.relay_members(lambda key: key == b.key)
-    _introduce(a, b)
+    introduce(a, b)
     with pytest.raises((RequestFailed, ExceptionGroup, AssertionError)):
-        assert await _echoed(a, b, bytes(1 << 20)) == bytes(1 << 20)
+        assert await echoed(a, b, bytes(1 << 20)) == bytes(1 << 20)
     relay.relay_members(lambda _key: True)
-    await _eventually(lambda: not a.is_connected(b.key))
-    assert await _echoed(a, b, bytes(1 << 20)) == bytes(1 << 20)
+    await eventually(lambda: not a.is_connected(b.key))
+    assert await echoed(a, b, bytes(1 << 20)) == bytes(1 << 20)
 
 
 async def test_a_circuit_has_an_end(internet) -> None:
     relay = await internet.relay(relay_member_s=1.0, relay_stranger_s=1.0)
     a, b = await internet.hidden_node(relay), await internet.hidden_node(relay)
-    _introduce(a, b)
+    introduce(a, b)
     stream = await a.open_stream(b.key, "/echo", timeout_s=5, max_frame_bytes=100)
     with pytest.raises(RequestFailed), trio.fail_after(10):
         await stream.receive_some()
     assert relay.relay_statistics().refused == {"duration": 1}
-    assert await _echoed(a, b) == b"hello"
+    assert await echoed(a, b) == b"hello"
 
 
 async def test_circuits_of_a_peer_are_limited(internet) -> None:
     relay = await internet.relay(relay_circuits_per_peer=1)
     a, b, c = [await internet.hidden_node(relay) for _ in range(3)]
     for mesh in (a, c):
-        _introduce(mesh, b)
-    assert await _echoed(a, b) == b"hello"
+        introduce(mesh, b)
+    assert await echoed(a, b) == b"hello"
     with pytest.raises(PeerUnreachable, match="resource limit exceeded"):
-        await _echoed(c, b)
-    assert await _echoed(a, b) == b"hello"
+        await echoed(c, b)
+    assert await echoed(a, b) == b"hello"
 
 
 async def test_all_circuits_together_keep_to_the_rate(internet) -> None:
     relay = await internet.relay(relay_bytes_per_s=500_000.0)
     a, b = await internet.hidden_node(relay), await internet.hidden_node(relay)
-    _introduce(a, b)
+    introduce(a, b)
     began = trio.current_time()
-    await _echoed(a, b, bytes(750_000))  # both ways, half a million of it at once
+    await echoed(a, b, bytes(750_000))  # both ways, half a million of it at once
     assert trio.current_time() - began > 1.5
 
 
@@ -452,11 +341,11 @@ async def test_there_is_no_relaying_over_relays(internet) -> None:
     relay = await internet.relay()
     a = await internet.hidden_node(relay)
     b = await internet.hidden_node(relay)
-    _introduce(a, b)
-    await _echoed(a, b)
+    introduce(a, b)
+    await echoed(a, b)
     b._relaying.server.start()
-    relayed = a._network.connection_to(b.key)
-    assert (await _hop(relayed, framed(HopMessage(HopType.RESERVE)))).status == Status.PERMISSION_DENIED
+    over_relay = a._network.connection_to(b.key)
+    assert (await _hop(over_relay, framed(HopMessage(HopType.RESERVE)))).status == Status.PERMISSION_DENIED
 
 
 async def test_only_relays_that_we_chose_may_bring_connections(internet) -> None:
@@ -480,9 +369,9 @@ async def test_a_relay_cannot_pretend_to_be_the_peer(internet) -> None:
     a, b, c = [await internet.hidden_node(relay) for _ in range(3)]
     server = relay._relaying.server
     server._connection_with = lambda _key: relay._network.connection_to(c.key)  # leads to somebody else
-    _introduce(a, b)
+    introduce(a, b)
     with pytest.raises(PeerUnreachable):
-        await _echoed(a, b)
+        await echoed(a, b)
     assert not a.is_connected(b.key)
 
 
@@ -493,16 +382,16 @@ async def test_a_public_peer_is_dialed_back_and_streams_in_progress_go_on(intern
     relay = await internet.relay()
     b = await internet.hidden_node(relay)
     a = await internet.node(relay, hidden=False)
-    _introduce(a, b)
+    introduce(a, b)
     early = await a.open_stream(b.key, "/echo", timeout_s=5, max_frame_bytes=100)
-    await _eventually(lambda: _relayed(a, b) == _relayed(b, a) == [False])
+    await eventually(lambda: relayed(a, b) == relayed(b, a) == [False])
     with trio.fail_after(10):
         await early.send_some(b"still here")
         assert await early.receive_some() == b"still here"
         carried = relay.relay_statistics().relayed_bytes
-        assert await _echoed(a, b, bytes(1 << 20)) == bytes(1 << 20)
+        assert await echoed(a, b, bytes(1 << 20)) == bytes(1 << 20)
         assert relay.relay_statistics().relayed_bytes - carried < 100_000
         await early.send_eof()
         assert await early.receive_some() == b""
     await early.aclose()
-    await _eventually(lambda: relay.relay_statistics().circuits == 0)
+    await eventually(lambda: relay.relay_statistics().circuits == 0)
