@@ -26,7 +26,7 @@ from typing import Any
 from benchmarks.subject_process import ROOT, SubjectProcess, subject
 
 FLOOR_S = 0.010
-IDLE_S = 1.5
+IDLE_S = 1.0
 LEAST_S = 2.0
 TIMES_IDLE = 3.0
 MEMORY_BYTES = 32 * 1024 * 1024

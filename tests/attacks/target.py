@@ -11,7 +11,7 @@ import trio
 
 from tests.attacks.raw_peer import RawPeer, tcp_to
 
-SECONDS = 2.5
+SECONDS = 2.0
 """How long most attacks last."""
 
 _NETWORK = f"127.{1 + os.getpid() % 250}"

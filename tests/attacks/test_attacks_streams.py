@@ -76,7 +76,7 @@ def test_a_flood_of_requests(attack) -> None:
     assert outcome.told["ended"] or outcome.told["resets"] > 0
 
 
-@pytest.mark.parametrize("prefix", ["8.8.", "10.1.", "127.9."])
+@pytest.mark.parametrize("prefix", ["8.8.", "10.1."])
 def test_identify_with_ten_thousand_addresses(attack, prefix: str) -> None:
     outcome = attack("lying_identify", addresses=10_000, prefix=prefix)
     assert outcome.after["addresses"] <= outcome.before["addresses"] + 16
