@@ -60,6 +60,13 @@ class Link:
         self._bytes -= len(entry)
         self._dropped[topic, priority] += 1
 
+    def shrink(self, most_bytes: int) -> None:
+        """Keep no more than so many bytes of messages, and of control nothing."""
+        self._control.clear()
+        self.unsent = self.unsent if len(self.unsent) <= most_bytes else b""
+        while self._bytes > most_bytes:
+            self._drop_one()
+
     def withdraw(self, message_id: bytes) -> None:
         """The peer has this message."""
         for queue in self._messages:

@@ -78,25 +78,35 @@ class PriorityQueues(Generic[T]):
     def __init__(self, most: int, most_bytes: int) -> None:
         self._most, self._most_bytes = most, most_bytes
         self._queues = [FairQueue[T](most, most_bytes) for _ in range(PRIORITIES)]
+        self._count = self._bytes = 0
 
     def __len__(self) -> int:
-        return sum(map(len, self._queues))
+        return self._count
 
     @property
     def crowded(self) -> bool:
         """More than half full."""
-        return 2 * len(self) > self._most or 2 * sum(queue.bytes for queue in self._queues) > self._most_bytes
+        return 2 * self._count > self._most or 2 * self._bytes > self._most_bytes
 
     def put(self, item: T, priority: int) -> list[T]:
         """Queue an item; returns what gave way, which can be the item itself."""
         lost = self._queues[priority].put(item)
-        while len(self) > self._most or sum(queue.bytes for queue in self._queues) > self._most_bytes:
-            lost.append(next(queue for queue in reversed(self._queues) if queue).drop())
+        self._add(1 - len(lost), item.size - sum(gone.size for gone in lost))
+        while self._count > self._most or self._bytes > self._most_bytes:
+            gone = next(queue for queue in reversed(self._queues) if queue).drop()
+            self._add(-1, -gone.size)
+            lost.append(gone)
         return lost
+
+    def _add(self, count: int, size: int) -> None:
+        self._count += count
+        self._bytes += size
 
     def take(self) -> T:
         """The next item; IndexError when there is none."""
         for queue in self._queues:
             if queue:
-                return queue.take()
+                item = queue.take()
+                self._add(-1, -item.size)
+                return item
         raise IndexError("nothing is waiting")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from math import inf
 
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 PROTOCOL = "/meshsub/1.1.0"
 _REOPEN_S, _REOPEN_MAX_S = 0.25, 30.0
+_PARTED, _PARTED_S, _PARTED_BYTES = 32, 10.0, 256 * 1024  # links kept for peers that come back
 
 
 class Outbox:
@@ -53,6 +54,7 @@ class Outbox:
         self._nursery: trio.Nursery | None = None
         self._waiting: dict[Link, None] = {}  # links with something to send
         self._spread = SeenMessages(limits.seen_messages, 2 * limits.spread_s)  # messages that reached us twice
+        self._parted: OrderedDict[bytes, tuple[Link, float]] = OrderedDict()  # of peers that have just left
         self._next = 0.0  # earliest time of the next flush
         self._due = inf  # time of the flush that is planned
         self._timer = trio.CancelScope()
@@ -136,9 +138,21 @@ class Outbox:
             self.reroute(connection)  # the newest connection is the one that is surely alive
             return False
         assert self._nursery is not None
-        link = self.links[key] = Link(self._limits, trio.current_time(), self.dropped)
+        link = self.links[key] = self._link_for(key, trio.current_time())
         self._nursery.start_soon(self._send_to, key, link)
         return True
+
+    def _link_for(self, key: bytes, now: float) -> Link:
+        """A peer that is back at once goes on with the link it had: what waits for it, and its rates."""
+        link, parted = self._parted.pop(key, (None, 0.0))
+        return link if link is not None and now - parted < _PARTED_S else Link(self._limits, now, self.dropped)
+
+    def _part(self, key: bytes, link: Link) -> None:
+        self._waiting.pop(link, None)
+        link.shrink(_PARTED_BYTES)
+        self._parted[key] = (link, trio.current_time())
+        if len(self._parted) > _PARTED:
+            self._parted.popitem(last=False)
 
     def reroute(self, connection: Connection) -> None:
         """Another connection with the peer of this one is to be written to."""
@@ -162,7 +176,7 @@ class Outbox:
                         await connection.event_closed.wait()
         finally:
             del self.links[key]
-            self._waiting.pop(link, None)
+            self._part(key, link)
             self._on_gone(key)
 
     async def _send_over(self, connection: Connection, link: Link) -> None:

@@ -18,7 +18,7 @@ class MeshLimits:
     messages_per_s: float = 1000.0  # gossip messages of one peer, sustained; a duplicate counts a quarter
     messages_burst: int = 2000
     bytes_per_s: float = 4 * 1024 * 1024  # gossip bytes of one peer, sustained
-    bytes_burst: int = 16 * 1024 * 1024
+    bytes_burst: int = 8 * 1024 * 1024
     request_bytes: int = 16 * 1024 * 1024  # upper bound of any frame limit that a caller may ask for
     streams_per_connection: int = 256  # that a peer may have open towards us
     opens_per_s: float = 300.0  # streams that a peer may open, sustained
