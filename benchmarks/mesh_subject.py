@@ -17,7 +17,6 @@ and subscribes to the topics of a node.
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import os
@@ -174,9 +173,7 @@ def _with_text_keys(value: Any) -> Any:
 
 
 def _subscribe(mesh: Mesh, name: str, priority: int) -> trio.MemoryReceiveChannel[GossipMessage]:
-    known = inspect.signature(mesh.subscribe).parameters
-    ranked: dict[str, Any] = {"priority": priority} if "priority" in known else {}
-    return mesh.subscribe(name, _judge, queue=1024, **ranked)
+    return mesh.subscribe(name, _judge, queue=1024, priority=priority)
 
 
 def _judge(data: bytes, _sender: bytes, _author: bytes, _received_at: float) -> tuple[Verdict, str]:
