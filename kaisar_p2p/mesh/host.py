@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from functools import partial
 
 import trio
 
@@ -12,17 +11,21 @@ from kaisar_p2p.errors import RequestFailed
 from kaisar_p2p.mesh.connection import Connection
 from kaisar_p2p.mesh.negotiation import read_exactly
 from kaisar_p2p.mesh.network import Network
+from kaisar_p2p.mesh.protobuf import varint
 from kaisar_p2p.mesh.yamux_stream import MuxedStream
 
 from libp2p.custom_types import TProtocol  # isort: skip
 from libp2p.host.basic_host import BasicHost  # isort: skip
 from libp2p.host.ping import ID as PING_ID  # isort: skip
 from libp2p.identity.identify.identify import ID as IDENTIFY_ID  # isort: skip
-from libp2p.identity.identify.identify import identify_handler_for  # isort: skip
-from libp2p.network.stream.net_stream import NetStream, StreamState  # isort: skip
+from libp2p.identity.identify.identify import (  # isort: skip
+    _mk_identify_protobuf as identify_message,
+    _remote_address_to_multiaddr as multiaddr_of,
+)
 from libp2p.protocol_muxer.multiselect import Multiselect  # isort: skip
 from multiaddr import Multiaddr  # isort: skip
 
+_AGENT = "kaisar"  # no version: an attacker would know whom to try what on
 _PING_BYTES = 32
 _PING_STREAMS = 2  # of one connection, as the specification says
 _PING_IDLE_S = 60.0
@@ -36,10 +39,8 @@ class Host(BasicHost):
         self._handlers = network.handlers
         super().__init__(network, default_protocols=OrderedDict(), disable_identify_address_discovery=True)
         network.notifees.clear()  # it would identify every peer, in a task whose failure ends the program
-        self._libp2p = {str(IDENTIFY_ID): identify_handler_for(self)}
         self._pinging: Counter[Connection] = Counter()
-        for protocol in self._libp2p:
-            network.handlers[protocol] = partial(self._serve, protocol)
+        network.handlers[str(IDENTIFY_ID)] = self._answer_identify
         network.handlers[str(PING_ID)] = self._answer_pings
 
     def get_addrs(self) -> list[Multiaddr]:
@@ -76,8 +77,10 @@ class Host(BasicHost):
             if not self._pinging[connection]:
                 del self._pinging[connection]
 
-    async def _serve(self, protocol: str, connection: Connection, stream: MuxedStream) -> None:
-        net_stream = NetStream(stream, connection, None)
-        await net_stream.set_state(StreamState.OPEN)
-        net_stream.set_protocol(TProtocol(protocol))
-        await self._libp2p[protocol](net_stream)
+    async def _answer_identify(self, connection: Connection, stream: MuxedStream) -> None:
+        """Who we are (https://github.com/libp2p/specs/blob/master/identify/README.md), by another name."""
+        told = identify_message(self, multiaddr_of(connection.muxer.get_remote_address()))
+        told.agent_version = _AGENT
+        data = told.SerializeToString()
+        await stream.write(varint(len(data)) + data)
+        await stream.close()

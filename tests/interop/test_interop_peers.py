@@ -28,7 +28,7 @@ async def test_either_side_dials_and_identifies_the_other(lab, kind: str, we_dia
     assert of_us["key"] == ours.key
     assert of_us["addresses"] == [ours.addrs[0].partition("/p2p/")[0]]
     assert {"/ipfs/id/1.0.0", "/ipfs/ping/1.0.0", "/meshsub/1.1.0"} <= set(of_us["protocols"])
-    assert of_us["agent"]
+    assert of_us["agent"] == "kaisar"
     assert of_us["observed"].startswith("/ip4/127.0.0.1/tcp/")
     of_them = await ours.identify(foreign.key)
     assert of_them["key"] == foreign.key
