@@ -15,12 +15,14 @@ from dataclasses import dataclass, field
 import trio
 
 from kaisar_p2p.mesh import gossip_wire as wire
+from kaisar_p2p.mesh.failure_log import FailureLog
 from kaisar_p2p.mesh.gossip_queues import FairQueue, PriorityQueues
 from kaisar_p2p.mesh.gossip_wire import Published
 from kaisar_p2p.mesh.limits import MeshLimits
 from kaisar_p2p.wire.verdict import Verdict
 
 log = logging.getLogger(__name__)
+failures = FailureLog(log)
 
 _TURN_S = 0.004  # of judging before others have their turn
 _CHANCES = 4  # rounds of the scheduler in which a full subscriber may take something
@@ -87,8 +89,8 @@ def judgement_of(arrival: Arrival) -> Judgement:
     try:
         verdict, reason = validate(message.data, arrival.sender, message.author, arrival.received_at)
         return verdict, reason
-    except Exception:  # the edge: a bug of ours must not be held against the sender
-        log.exception("the validator of topic %s failed", arrival.subscription.name)
+    except Exception:  # noqa: BLE001  (the edge: a bug of ours must not be held against the sender)
+        failures.exception(f"the validator of topic {arrival.subscription.name} failed")
         return Verdict.IGNORE, "validator failed"
 
 

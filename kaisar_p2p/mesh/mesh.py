@@ -26,6 +26,7 @@ from kaisar_p2p.mesh.conflicts import KeyConflicts
 from kaisar_p2p.mesh.connection import Connection
 from kaisar_p2p.mesh.discovery import Discovery
 from kaisar_p2p.mesh.exchange import PeerExchange
+from kaisar_p2p.mesh.failure_log import FailureLog
 from kaisar_p2p.mesh.gossip import Gossip, GossipMessage, Validator
 from kaisar_p2p.mesh.host import Host
 from kaisar_p2p.mesh.ids import key_pair_of
@@ -48,6 +49,7 @@ from kaisar_p2p.wire.crypto import KeyPair
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamError  # isort: skip
 
 log = logging.getLogger(__name__)
+failures = FailureLog(log)
 
 _GOODBYE_S = 0.5
 _EXCHANGES_PER_S = 2.0
@@ -407,11 +409,11 @@ class Mesh:
             with connection.in_use():
                 async with MeshStream(stream, peer, protocol, limit, held=held, holder=holder) as mesh_stream:
                     await service.handler(mesh_stream)
-        except MeshError as error:
-            log.debug("%s with %s ended: %s", protocol, peer.hex()[:12], error)
-        except Exception:  # the edge of the stream's task: a bug in a handler costs this stream only
+        except (MeshError, trio.TooSlowError) as error:  # a deadline of the handler's: the peer was too slow
+            log.debug("%s with %s ended: %r", protocol, peer.hex()[:12], error)
+        except Exception:  # noqa: BLE001  (the edge of the stream's task: a bug in a handler costs this stream only)
             self._failed_handlers[protocol] += 1
-            log.exception("the handler of %s failed", protocol)
+            failures.exception(f"the handler of {protocol} failed")
         finally:
             service.active[peer] -= 1
             if not service.active[peer]:
