@@ -202,7 +202,7 @@ class Internet:
         self._stack.push_async_callback(_end, process)
         assert process.stdout is not None
         with trio.fail_after(30):
-            assert await process.stdout.receive_some() == b"ready\n"
+            assert (await process.stdout.receive_some()).startswith(b"ready")
 
     async def _start(
         self, namespace: str, host: str, *, relay: bool | None, limits: dict[str, object], upnp: bool = False
