@@ -309,7 +309,7 @@ class AddressBook:
         try:
             rows = json.loads(data) if len(data) <= _DUMP_BYTES else []
             return sum(self._load_peer(bytes.fromhex(key), spots) for key, spots in rows[:_DUMPED_PEERS])
-        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError):
             return 0
 
     def _load_peer(self, key: bytes, spots: list[tuple[str, float]]) -> bool:

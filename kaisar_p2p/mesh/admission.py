@@ -47,6 +47,11 @@ def origin_of(host: str) -> Origin:
     )
 
 
+def relayed_origin(source: bytes, relay: bytes) -> Origin:
+    """The origin of a circuit. The relay may lie about its source, so what goes wrong counts on this relay only."""
+    return Origin(f"{relay[:8].hex()}/{source[:12].hex()}", relay.hex(), False)
+
+
 class Visitor:
     """An accepted TCP connection, until it ends. `expel` ends it during its handshake."""
 
@@ -66,6 +71,7 @@ class Door:
         self._limits = limits
         self._half_open: dict[Visitor, None] = {}  # oldest first
         self._half_open_of: Counter[str] = Counter()
+        self._half_open_in: Counter[str] = Counter()  # of a subnet
         self._of_account: Counter[str] = Counter()
         self._of_subnet: Counter[str] = Counter()
         rate = limits.handshakes_per_s
@@ -97,6 +103,8 @@ class Door:
             return "subnet"
         if self._half_open_of[origin.account] >= self._most_half_open(origin):
             return "handshakes"  # one address cannot keep the others out
+        if not origin.private and self._half_open_in[origin.subnet] >= max(1, limits.handshakes // 2):
+            return "handshakes"  # nor can one subnet, or one relay
         if len(self._half_open) >= limits.handshakes and self._to_expel(origin, now) is None:
             return "handshakes"
         rate = self._private_rate if origin.private else self._rate
@@ -107,7 +115,7 @@ class Door:
         return half if origin.private else min(half, self._limits.handshakes_per_address)
 
     def enter(self, origin: Origin, now: float, expel: Callable[[], None]) -> Visitor:
-        """A connection was let in; the oldest handshake of the address that has most gives way when they are many."""
+        """A connection was let in; when handshakes are many, the oldest of the address that has most gives way."""
         if len(self._half_open) >= self._limits.handshakes:
             oldest = self._to_expel(origin, now)
             if oldest is not None:
@@ -116,16 +124,21 @@ class Door:
         visitor = Visitor(origin, now, expel)
         self._half_open[visitor] = None
         self._half_open_of[origin.account] += 1
+        self._half_open_in[origin.subnet] += 1
         self._of_account[origin.account] += 1
         self._of_subnet[origin.subnet] += 1
         return visitor
 
     def _to_expel(self, newcomer: Origin, now: float) -> Visitor | None:
         most, count = max(self._half_open_of.items(), key=lambda item: item[1], default=("", 0))
-        if count <= self._half_open_of[newcomer.account] + 1:
-            return None
-        oldest = next(visitor for visitor in self._half_open if visitor.origin.account == most)
-        return oldest if now - oldest.since >= _EVICTABLE_S else None
+        if count <= self._half_open_of[newcomer.account] + 1:  # many addresses with one each: time decides
+            if self._half_open_of[newcomer.account]:
+                return None
+            oldest, patience_s = next(iter(self._half_open)), self._limits.handshake_s / 3
+        else:
+            oldest = next(visitor for visitor in self._half_open if visitor.origin.account == most)
+            patience_s = _EVICTABLE_S
+        return oldest if now - oldest.since >= patience_s else None
 
     def authenticated(self, visitor: Visitor) -> None:
         """The handshake is over; the connection still counts for its address."""
@@ -136,6 +149,7 @@ class Door:
             visitor.half_open = False
             del self._half_open[visitor]
             _decrement(self._half_open_of, visitor.origin.account)
+            _decrement(self._half_open_in, visitor.origin.subnet)
 
     def leave(self, visitor: Visitor) -> None:
         """The connection has ended."""

@@ -63,7 +63,7 @@ class Remembered:
                 passed_s = max(0.0, self._wall() - saved_at)
                 count = self._reputation.load(blob[_STAMP_BYTES:], passed_s, trio.current_time())
                 log.debug("%d accounts of peers and addresses taken over", count)
-        except (KaisarError, ValueError) as error:
+        except (KaisarError, ValueError, TypeError) as error:  # TypeError: not even bytes are there
             log.warning("what was known about peers cannot be read, starting anew: %s", error)
 
     async def _load_book(self, memory: MeshMemory) -> None:

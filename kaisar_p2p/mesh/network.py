@@ -26,7 +26,7 @@ import trio
 from kaisar_p2p.errors import ConfigError, KaisarError, PeerUnreachable, PortUnavailable
 from kaisar_p2p.mesh import tcp as sockets
 from kaisar_p2p.mesh.addresses import Address, AnyAddress, CircuitAddress, parse
-from kaisar_p2p.mesh.admission import Door, Origin, Visitor, origin_of
+from kaisar_p2p.mesh.admission import Door, Origin, Visitor, origin_of, relayed_origin
 from kaisar_p2p.mesh.connection import Connection, StreamHandler, TcpStream
 from kaisar_p2p.mesh.dialed_back import BACK_PROTOCOL, DialBackTransport, DialedBack
 from kaisar_p2p.mesh.ids import id_of, key_of
@@ -403,9 +403,9 @@ class Network(Swarm):
     async def upgrade_inbound_stream(self, raw: ReadWriteCloser, relay: bytes, source: bytes) -> Muxer | None:
         """As `upgrade_outbound_stream`, for a stream that a relay brought us; None when the handshake fails.
 
-        `source` is whom the relay names. What goes wrong is held against that key, not against all behind the relay.
+        `source` is whom the relay names. What goes wrong is held against that key there, not against all behind the relay.
         """
-        origin, now = Origin(source.hex(), relay.hex(), private=False), trio.current_time()
+        origin, now = relayed_origin(source, relay), trio.current_time()
         reason = self._refusal(origin, now)
         if reason is not None:
             self.refused[reason] += 1

@@ -32,7 +32,8 @@ _INHERITED_STRIKES = 1.0  # at most, that a new key gets from its address
 _ADDRESS_BAN_MOST_S = 3600.0
 
 _HEADER = struct.Struct(">4sI")
-_ENTRY = struct.Struct(">BB48sfff")  # kind, length and bytes of the subject, points, strikes, seconds of ban left
+_SUBJECT_BYTES = 48
+_ENTRY = struct.Struct(f">BB{_SUBJECT_BYTES}sfff")  # kind, length and subject, points, strikes, seconds of ban left
 _MAGIC = b"KRP1"
 _KEY, _ADDRESS = 0, 1
 
@@ -210,7 +211,8 @@ class Reputation:
             for subject, record in accounts.records.items():
                 record.decay(now)
                 left_s = max(0.0, record.banned_until - now)
-                if left_s > 0 or record.points >= 1 or record.strikes >= 0.05:
+                fits = len(subject) <= _SUBJECT_BYTES
+                if fits and (left_s > 0 or record.points >= 1 or record.strikes >= 0.05):
                     entries.append(_ENTRY.pack(kind, len(subject), subject, record.points, record.strikes, left_s))
         return _HEADER.pack(_MAGIC, len(entries)) + b"".join(entries)
 
