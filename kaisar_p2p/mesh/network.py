@@ -68,6 +68,10 @@ class _Upgrader(Upgrader):
         super().__init__(key_pair, limits, {BACK_PROTOCOL: back.secure_inbound})
 
 
+class _NotAdmitted(SwarmException):
+    """We have no room for the peer, or it is of another network: nothing that it did wrong."""
+
+
 class Network(Swarm):
     """Connections of one node. `run_in` gives it the nursery that owns them; they are all gone when that ends."""
 
@@ -201,14 +205,15 @@ class Network(Swarm):
             self.on_own_key((muxed_conn.get_remote_address() or ("", 0))[0])
         if key is None or muxed_conn.peer_id == self.self_id or self.is_banned(key) or self.is_foreign(key):
             self.refused["peer"] += 1
-            raise SwarmException(f"not connecting with {muxed_conn.peer_id}: ourselves, unwanted or no ed25519 key")
+            kind = _NotAdmitted if key is not None and self.is_foreign(key) else SwarmException
+            raise kind(f"not connecting with {muxed_conn.peer_id}: ourselves, unwanted or no ed25519 key")
         connection = Connection(muxed_conn, self, inbound=direction == "inbound", key=key)
         if not self.pruner.room_for_key(key, now):
             self.refused["key"] += 1
-            raise SwarmException("enough connections with this key")
+            raise _NotAdmitted("enough connections with this key")
         if not self.pruner.make_room(connection, now):
             self.refused["connections"] += 1
-            raise SwarmException("no connection left")
+            raise _NotAdmitted("no connection left")
         assert self._nursery is not None
         self._joining.add(connection)
         try:
@@ -287,6 +292,8 @@ class Network(Swarm):
 
     def _note_failed_handshake(self, origin: Origin, error: Exception) -> None:
         reason = _root(error)
+        if isinstance(reason, _NotAdmitted):  # counted where it was refused
+            return
         if isinstance(reason, PreSharedKeyMismatch):  # somebody's mistake, or a stranger: both are kept out, no more
             self.refused["pre-shared key"] += 1
             level = logging.INFO if self.refused["pre-shared key"] <= _TOLD_MISMATCHES else logging.DEBUG
@@ -403,7 +410,7 @@ class Network(Swarm):
     async def upgrade_inbound_stream(self, raw: ReadWriteCloser, relay: bytes, source: bytes) -> Muxer | None:
         """As `upgrade_outbound_stream`, for a stream that a relay brought us; None when the handshake fails.
 
-        `source` is whom the relay names. What goes wrong is held against that key there, not against all behind the relay.
+        `source` is whom the relay names. What goes wrong is held against that key there, not all behind the relay.
         """
         origin, now = relayed_origin(source, relay), trio.current_time()
         reason = self._refusal(origin, now)
