@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,8 +15,11 @@ from kaisar_p2p.mesh.ids import id_of, key_of
 
 from libp2p.peer.id import ID  # isort: skip
 
+log = logging.getLogger(__name__)
+
 _MAX_TEXT = 160
 _CIRCUIT = "/p2p-circuit"
+_last_seen: dict[Address, list[Address]] = {}  # of the interfaces, by what is bound
 _HOST_PROTOCOLS = ("ip4", "ip6", "dns4", "dns6", "dns")
 
 
@@ -162,12 +166,15 @@ def local_addresses(bound: Iterable[Address]) -> tuple[Address, ...]:
 
 def _of_interfaces(wildcard: Address) -> list[Address]:
     family = socket.AF_INET if wildcard.kind == "ip4" else socket.AF_INET6
+    try:
+        interfaces = psutil.net_if_addrs()
+    except OSError as error:  # no file descriptor is left, say: then nothing new is known
+        log.debug("the interfaces cannot be read: %s", error)
+        return _last_seen.get(wildcard, [])
     hosts = [
-        entry.address.split("%")[0]
-        for entries in psutil.net_if_addrs().values()
-        for entry in entries
-        if entry.family == family
+        entry.address.split("%")[0] for entries in interfaces.values() for entry in entries if entry.family == family
     ]
     usable = [h for h in hosts if not ipaddress.ip_address(h).is_link_local]
     outward = [h for h in usable if not ipaddress.ip_address(h).is_loopback]
-    return [Address(wildcard.kind, host, wildcard.port) for host in outward or usable]
+    _last_seen[wildcard] = [Address(wildcard.kind, host, wildcard.port) for host in outward or usable]
+    return _last_seen[wildcard]

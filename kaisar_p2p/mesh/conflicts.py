@@ -8,6 +8,7 @@ and requests for the key go to the newest connection.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
@@ -29,6 +30,7 @@ PROTOCOL = "/kaisar/key-in-use/1"
 FRAME_BYTES = 256
 _AGAIN_S = 600.0  # until the same thing is said again
 _CONFLICTS = 256
+_LOOKED_INTO = 16  # at a time
 _TELL_S = 10.0
 
 
@@ -50,6 +52,7 @@ class KeyConflicts:
     def __init__(self, network: Network, tell: Tell, own_instance: bytes) -> None:
         self._network, self._tell, self._own_instance = network, tell, own_instance
         self._said: OrderedDict[bytes, float] = OrderedDict()  # by key, when
+        self._looking: set[bytes] = set()  # keys
         self._heard = PeerBuckets(1 / 60, 2)
         self._heard_at = -_AGAIN_S
         self._found, self._to_check = trio.open_memory_channel[tuple[Connection, Connection]](16)
@@ -58,11 +61,12 @@ class KeyConflicts:
 
     def found(self, other: Connection, newest: Connection) -> None:
         """Two connections with one key name different processes."""
-        if trio.current_time() - self._said.get(newest.key, -_AGAIN_S) >= _AGAIN_S:
-            try:
-                self._found.send_nowait((other, newest))
-            except trio.WouldBlock:
-                log.debug("too many conflicts of keys at a time")
+        said = trio.current_time() - self._said.get(newest.key, -_AGAIN_S) < _AGAIN_S
+        if said or newest.key in self._looking or len(self._looking) >= _LOOKED_INTO:
+            return
+        with contextlib.suppress(trio.WouldBlock):
+            self._found.send_nowait((other, newest))
+            self._looking.add(newest.key)
 
     async def run(self) -> None:
         """Look into what was found, one after the other for each key."""
@@ -71,6 +75,12 @@ class KeyConflicts:
                 nursery.start_soon(self._check, other, newest)
 
     async def _check(self, other: Connection, newest: Connection) -> None:
+        try:
+            await self._look_into(other, newest)
+        finally:
+            self._looking.discard(newest.key)
+
+    async def _look_into(self, other: Connection, newest: Connection) -> None:
         """A process that was killed leaves a connection behind that seems alive until its pings fail: wait for it."""
         with trio.move_on_after(2 * self._network.limits.keepalive_s):
             await other.event_closed.wait()

@@ -119,7 +119,7 @@ class DialBackServer:
             try:
                 with trio.fail_after(self._network.limits.dial_s):
                     results[i] = DIALED if await hand_over(self._network, address, secret) else FAILED
-            except (OSError, trio.TooSlowError) as error:
+            except (OSError, IOException, trio.TooSlowError) as error:
                 log.debug("cannot dial back %s: %r", address, error)
                 results[i] = FAILED
 
@@ -127,9 +127,11 @@ class DialBackServer:
 async def hand_over(network: Network, address: Address, secret: bytes) -> bool:
     """Dial from a fresh port and hand the secret over; whether whoever listens there took it.
 
-    Raises OSError when it cannot be dialed.
+    Raises OSError when it cannot be dialed, or IOException when something of another swarm listens there.
     """
-    tcp = await network.open_raw(address)  # from the port that we listen on, a NAT would let it pass as known
+    tcp = await network.open_raw(
+        address, fresh_port=True
+    )  # from the port that we listen on, a NAT would let it pass as known
     try:
         agreement = proposal(BACK_PROTOCOL)  # what we say and what a node echoes are the same bytes
         await tcp.write(agreement)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import math
 import random
 from collections import Counter
 from collections.abc import Iterable
@@ -94,7 +95,7 @@ class Discovery:
         self._own = bytes(network.get_peer_id().to_bytes()[6:])
         self._settling = Settling(network, self._own)
         self._kept: dict[bytes, bool] = {}  # whether a person asked for it
-        self._new_kept, self._to_keep = trio.open_memory_channel[bytes](1024)
+        self._new_kept, self._to_keep = trio.open_memory_channel[bytes](math.inf)  # each key once
         self._attempts: dict[bytes, _Attempts] = {}
         self._foreign: dict[bytes, float] = {}  # peers of other networks, and until when they are left alone
         self._woken = trio.Event()

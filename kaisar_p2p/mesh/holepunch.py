@@ -71,7 +71,8 @@ class HolePunch:
 
     def on_connected(self, connection: Connection) -> None:
         """A direct connection takes over from relayed ones; an inbound relayed one is to be upgraded."""
-        assert self._nursery is not None
+        if self._nursery is None:  # we listen already, but do not run yet
+            return
         if not connection.relayed:
             for other in self._network.connections_with(connection.key):
                 if other.relayed and not other.retired:
@@ -199,7 +200,8 @@ class HolePunch:
 
     def _acceptable(self, addresses: Iterable[Address]) -> list[Address]:
         """Public IP addresses; on a node that listens on loopback only also those."""
-        at_home = all(bound.is_loopback for bound in self._network.bound)
+        bound = self._network.bound
+        at_home = bool(bound) and all(address.is_loopback for address in bound)
         usable = [
             address
             for address in addresses

@@ -61,7 +61,7 @@ class PortMapping:
                     await trio.sleep(self._lease_s / 2 if self._lease_s else LEASE_S / 2)
                 except RouterRefused as error:
                     self._lost(error.message)
-                    failures += 1
+                    failures = min(failures + 1, 16)
                     delay_s = min(_RETRY_S * 2**failures, _RETRY_MAX_S)
                     await trio.sleep(delay_s * self._rng.uniform(0.5, 1.0))
         except Exception as error:  # the edge of the task: without it the node goes on
