@@ -59,7 +59,7 @@ class _Peer:
 class MessageCache:
     """The messages of the last heartbeats, to answer IWANT with."""
 
-    def __init__(self, max_bytes: int = 8 * 1024 * 1024) -> None:
+    def __init__(self, max_bytes: int = 6 * 1024 * 1024) -> None:
         self._max_bytes = max_bytes
         self._bytes = 0
         self._entries: OrderedDict[bytes, tuple[str, bytes]] = OrderedDict()  # id → topic, message

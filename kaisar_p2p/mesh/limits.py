@@ -43,11 +43,11 @@ class MeshLimits:
     buffered_bytes: int = 24 * 1024 * 1024  # received on streams and not read yet, all peers; one may have a third
     served_bytes: int = 64 * 1024 * 1024  # of requests and answers that served streams hold, all peers together
     outbound_frames: int = 512  # gossip messages waiting for one peer, the oldest of the least important give way
-    outbound_bytes: int = 4 * 1024 * 1024
+    outbound_bytes: int = 2 * 1024 * 1024
     flush_s: float = 0.02  # about so long gossip gathers before it is sent; our own does not when we have been quiet
     spread_s: float = 0.2  # at most so long waits a message that its receiver has probably got from others
     inbound_messages: int = 2048  # waiting for a verdict, the least important give way; of each heavy topic a quarter
-    inbound_bytes: int = 8 * 1024 * 1024
+    inbound_bytes: int = 6 * 1024 * 1024
     inbound_wait_s: float = 2.0  # messages that wait longer are dropped, but for the most important
     send_stall_s: float = 30.0  # a peer that does not read its gossip for so long is disconnected
     seen_messages: int = 65536
