@@ -30,6 +30,8 @@ IDLE_S = 1.0
 LEAST_S = 2.0
 TIMES_IDLE = 3.0
 MEMORY_BYTES = 32 * 1024 * 1024
+MEASURABLE = 4.0
+"""Where others have the processors for three quarters of the time that the victim needs, delays say nothing."""
 PROBE_INTERVAL_S = 0.02
 PATIENCE = {"handshake_s": 4.0, "negotiation_s": 4.0}
 """The only limits of the victim that are not the defaults, so that nobody has to wait for ten seconds."""
@@ -183,9 +185,10 @@ def check(scene: Scene, outcome: Outcome) -> None:
     """What holds after every attack."""
     assert scene.lives
     assert not outcome.failures, outcome
-    for kind in ("requests", "gossip"):
-        found, limit = outcome.p99(kind)
-        assert found <= limit, f"{kind}: {outcome}"
+    if outcome.stretch <= MEASURABLE:
+        for kind in ("requests", "gossip"):
+            found, limit = outcome.p99(kind)
+            assert found <= limit, f"{kind}: {outcome}"
     assert len(outcome.during["gossip"]) >= 0.95 * outcome.published, f"certificates are missing: {outcome}"
     assert outcome.grown_bytes <= MEMORY_BYTES, outcome
     assert outcome.after["subscribers"]["certificate"] >= 2, "a bystander is gone"

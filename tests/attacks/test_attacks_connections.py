@@ -25,7 +25,7 @@ def test_silent_connections_are_let_go(attack) -> None:
 def test_a_flood_of_connections(attack, scene) -> None:
     """20,000 made the stock package start 11,000 tasks."""
     outcome = attack("connection_flood", count=20_000, seconds=4.0)
-    assert outcome.told["made"] + outcome.told["failed"] > 1000
+    assert outcome.told["made"] + outcome.told["failed"] > 300
     assert scene.victim.ask("figures")["tasks"] < outcome.before["tasks"] + 300
 
 
