@@ -12,7 +12,7 @@ import logging
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import trio
@@ -101,6 +101,7 @@ class Discovery:
         self._woken = trio.Event()
         self._nursery: trio.Nursery | None = None
         self._rendezvous = Rendezvous(network, book, exchange, self, rng)
+        self.on_told: Callable[[Connection], None] = lambda _connection: None  # a peer told where it is
         exchange.on_met = self._on_met
         exchange.on_foreign = self._on_foreign
 
@@ -320,6 +321,7 @@ class Discovery:
 
     def _on_met(self, connection: Connection) -> None:
         for surplus in self._settling.surplus_with(connection):
+        self.on_told(connection)
             self._soon(self._network.retire, surplus)
 
     def _soon(self, function: object, *arguments: object) -> None:

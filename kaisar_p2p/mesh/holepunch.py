@@ -3,7 +3,8 @@
 https://github.com/libp2p/specs/blob/master/relay/DCUtR.md. Whoever received the relayed connection (B) leads: it dials
 the public addresses of the other (A); failing that both tell how others see their listening ports, and dial each
 other from those at the same moment, so that each NAT takes what comes in for an answer. A starts the handshakes.
-The direct connection takes over; streams that have begun on the relayed one end there.
+The direct connection takes over; streams that have begun on the relayed one end there. What failed is tried again
+while the relayed connection lasts: after 1, 5 and every 30 minutes, and when our addresses or the peer's change.
 
 What a peer can make us do: dial four public addresses, `punches_per_s`; all peers together, twenty times that.
 """
@@ -11,13 +12,15 @@ What a peer can make us do: dial four public addresses, `punches_per_s`; all pee
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import trio
 
 from kaisar_p2p.errors import PeerUnreachable, RequestFailed
-from kaisar_p2p.mesh.addresses import Address
+from kaisar_p2p.mesh.addresses import Address, AnyAddress
 from kaisar_p2p.mesh.circuit_wire import (
     DCUTR,
     PunchMessage,
@@ -45,15 +48,36 @@ _WITNESSES = 3  # peers asked how they see us
 _ROUND_S = 10.0  # of waiting for the other's messages
 _PUNCH_S = 4.0  # one simultaneous dial
 _AT_ONCE = 8  # peers
+_AGAIN_S = (60.0, 300.0, 1800.0)  # after a failure; the last one again and again
 
 _FAILURES = (RequestFailed, PeerUnreachable, MuxedStreamError, MuxedConnUnavailable, trio.TooSlowError)
 
 
-class HolePunch:
-    """Upgrades relayed connections. `run` is its life."""
+@dataclass(frozen=True)
+class _Waiting:
+    """For another attempt; `told` are the peer's addresses that the last one knew."""
 
-    def __init__(self, network: Network) -> None:
+    woken: trio.Event
+    told: frozenset[Address]
+
+
+class HolePunch:
+    """Upgrades relayed connections. `run` is its life.
+
+    `known` are the addresses of a peer, `confirmed` our own at which others have reached us.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        *,
+        known: Callable[[bytes], Iterable[AnyAddress]],
+        confirmed: Callable[[], Iterable[Address]],
+        rng: random.Random,
+    ) -> None:
         self._network = network
+        self._known, self._confirmed, self._rng = known, confirmed, rng
+        self._waiting: dict[Connection, _Waiting] = {}
         self._upgrading: set[bytes] = set()
         self._identities: WeakKeyDictionary[Connection, Identity] = WeakKeyDictionary()
         rate = network.limits.punches_per_s
@@ -77,8 +101,31 @@ class HolePunch:
             for other in self._network.connections_with(connection.key):
                 if other.relayed and not other.retired:
                     self._nursery.start_soon(self._network.retire, other)
-        elif connection.inbound and self._may_upgrade(connection.key):
-            self._nursery.start_soon(self._upgrade, connection)
+        elif connection.inbound:
+            self._nursery.start_soon(self._lead, connection)
+
+    def on_disconnected(self, connection: Connection) -> None:
+        """Nothing is left to upgrade."""
+        self._wake(connection)
+
+    def on_addresses_changed(self) -> None:
+        """Others may reach us now, or we them."""
+        for connection in list(self._waiting):
+            self._wake(connection)
+
+    def on_told(self, connection: Connection) -> None:
+        """A peer has said where it is: try again if that is somewhere else."""
+        waiting = self._waiting.get(connection)
+        if waiting is not None and not self._told(connection.key) <= waiting.told:
+            self._wake(connection)
+
+    def _wake(self, connection: Connection) -> None:
+        waiting = self._waiting.pop(connection, None)
+        if waiting is not None:
+            waiting.woken.set()
+
+    def _told(self, key: bytes) -> frozenset[Address]:
+        return frozenset(self._acceptable(a for a in self._known(key) if isinstance(a, Address)))
 
     def _may_upgrade(self, key: bytes) -> bool:
         return len(self._upgrading) < _AT_ONCE and key not in self._upgrading and self._may_dial(key)
@@ -92,6 +139,29 @@ class HolePunch:
         return any(not connection.relayed for connection in self._network.connections_with(key))
 
     # -- leading ------------------------------------------------------------------------------------------------------
+
+    async def _lead(self, connection: Connection) -> None:
+        """Try for as long as the connection is all there is between us."""
+        failures = 0
+        while not self._is_over(connection):
+            told = self._told(connection.key)
+            if self._may_upgrade(connection.key):
+                await self._upgrade(connection)
+            if self._is_over(connection):
+                return
+            delay_s = _AGAIN_S[min(failures, len(_AGAIN_S) - 1)] * self._rng.uniform(0.8, 1.2)
+            failures = 0 if await self._woken(connection, told, delay_s) else failures + 1
+
+    def _is_over(self, connection: Connection) -> bool:
+        return connection.event_closed.is_set() or connection.retired or self._has_direct(connection.key)
+
+    async def _woken(self, connection: Connection, told: frozenset[Address], delay_s: float) -> bool:
+        """Wait; whether something has changed before the time was over."""
+        self._waiting[connection] = waiting = _Waiting(trio.Event(), told)
+        with trio.move_on_after(delay_s):
+            await waiting.woken.wait()
+        self._waiting.pop(connection, None)
+        return waiting.woken.is_set()
 
     async def _upgrade(self, connection: Connection) -> None:
         key = connection.key
@@ -108,7 +178,7 @@ class HolePunch:
         """Dial the other's public addresses; whether there is a direct connection now."""
         if self._has_direct(connection.key):
             return True
-        addresses = self._acceptable((await self._identity(connection)).listening)
+        addresses = self._acceptable((await identify(connection)).listening)
         return bool(addresses) and await self._dial_at_once(connection.key, addresses, initiator=True)
 
     async def _punch_as_leader(self, connection: Connection) -> None:
@@ -217,7 +287,7 @@ class HolePunch:
         async with trio.open_nursery() as nursery:
             for connection in self._witnesses():
                 nursery.start_soon(self._ask_witness, connection, seen)
-        return tuple(map(binary_of, self._acceptable(seen)))
+        return tuple(map(binary_of, self._acceptable((*seen, *self._confirmed()))))
 
     def _witnesses(self) -> list[Connection]:
         ports = {address.port for address in self._network.bound}
@@ -234,7 +304,7 @@ class HolePunch:
             seen.append(observed)
 
     async def _identity(self, connection: Connection) -> Identity:
-        """Asked once a connection."""
+        """Of a witness; asked once a connection."""
         known = self._identities.get(connection)
         if known is None:
             known = self._identities[connection] = await identify(connection)

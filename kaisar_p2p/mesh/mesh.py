@@ -133,7 +133,7 @@ class Mesh:
         )
         self._discovery = Discovery(self._network, self._book, exchange, rng)
         self._announcer.on_changed = self._addresses_changed
-        self._announcer.on_woken = self._discovery.wake
+        self._announcer.on_woken = self._on_woken
         self._lan: LocalNetwork | None = None
         self._host = Host(self._network, lambda: self.addrs)
         self._conflicts = KeyConflicts(self._network, self._tell, exchange.instance)
@@ -152,6 +152,8 @@ class Mesh:
             preferred=lambda: (*self._kept, *self._offering(RELAY)),
             connect=self._discovery.connect,
             own_addresses=lambda: self.addrs,
+            known_addresses=self._book.of,
+            confirmed=lambda: self._reach.confirmed,
             allow_private=config.allow_private,
             rng=rng,
         )
@@ -162,6 +164,7 @@ class Mesh:
         self._changed = trio.Event()
         self._exchanges = PeerBuckets(_EXCHANGES_PER_S, 5 * _EXCHANGES_PER_S)
         self._network.handlers[discovery.PROTOCOL] = self._serve_exchange
+        self._discovery.on_told = self._relaying.on_told
         self._network.on_connected = self._on_connected
         self._network.on_retired = self._gossip.reroute
         self._network.on_disconnected = self._on_disconnected
@@ -212,6 +215,11 @@ class Mesh:
         self._announcer.set_confirmed(self._reach.confirmed)
         self._relaying.on_reachability(report.status)
         self._offer(RENDEZVOUS, report.status == "public")
+
+    def _on_woken(self) -> None:
+        """Interfaces came or went, or the machine was suspended."""
+        self._discovery.wake()
+        self._relaying.on_woken()
 
     def _wake(self) -> None:
         self._changed.set()

@@ -9,7 +9,7 @@ from typing import Literal
 import trio
 from nacl.signing import SigningKey
 
-from kaisar_p2p.mesh.addresses import CircuitAddress
+from kaisar_p2p.mesh.addresses import Address, AnyAddress, CircuitAddress
 from kaisar_p2p.mesh.connection import Connection
 from kaisar_p2p.mesh.holepunch import HolePunch
 from kaisar_p2p.mesh.network import Network
@@ -29,12 +29,14 @@ class Relaying:
         preferred: Callable[[], Iterable[bytes]],
         connect: Callable[[bytes], Awaitable[Connection]],
         own_addresses: Callable[[], tuple[str, ...]],
+        known_addresses: Callable[[bytes], Iterable[AnyAddress]],
+        confirmed: Callable[[], Iterable[Address]],
         allow_private: bool | None,
         rng: random.Random,
     ) -> None:
         self.server = Relay(network, signing_key, own_addresses)
         self.client = RelayClient(network, preferred=preferred, connect=connect, allow_private=allow_private, rng=rng)
-        self._punch = HolePunch(network)
+        self._punch = HolePunch(network, known=known_addresses, confirmed=confirmed, rng=rng)
         self.on_offer: Callable[[bool], None] = lambda _offered: None  # we began or ceased to relay
         self._relay = relay
         is_kept = network.pruner.is_kept
@@ -62,10 +64,20 @@ class Relaying:
     def on_disconnected(self, connection: Connection) -> None:
         """A connection went."""
         self.server.on_disconnected(connection)
+        self._punch.on_disconnected(connection)
         self.client.wake()
+
+    def on_told(self, connection: Connection) -> None:
+        """A peer has told its addresses."""
+        self._punch.on_told(connection)
+
+    def on_woken(self) -> None:
+        """The network may be another one now."""
+        self._punch.on_addresses_changed()
 
     def on_reachability(self, status: Literal["unknown", "public", "private"]) -> None:
         """What is known about us may have changed; while nothing is known, things stay as they are."""
+        self._punch.on_addresses_changed()
         if status == "unknown":
             return
         self.client.want(status == "private")

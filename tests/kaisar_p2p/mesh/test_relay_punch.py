@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import trio
 
-from kaisar_p2p.mesh import Mesh, tcp
+from kaisar_p2p.mesh import Mesh, holepunch, tcp
 from kaisar_p2p.mesh.addresses import Address
 from kaisar_p2p.mesh.circuit_wire import DCUTR, PunchMessage, PunchType, binary_of, direct_addresses_of, framed, receive
 from kaisar_p2p.mesh.negotiation import confirm, proposal
@@ -70,6 +70,54 @@ async def test_after_three_tries_it_stays_with_the_relay(internet) -> None:
     assert punched.count((ports[1], ports[0])) == 4  # dialing back, and three tries
     assert punched.count((ports[0], ports[1])) == 3
     assert relayed(a, b) == relayed(b, a) == [True]
+
+
+@pytest.fixture
+async def stuck_pair(internet, from_listening_ports) -> tuple[Mesh, Mesh]:
+    """Two nodes that could not punch a hole and wait for another attempt; now their NATs would let them."""
+    relay = await internet.relay()
+    follower, leader = await internet.hidden_node(relay), await internet.hidden_node(relay)
+    introduce(follower, leader)
+    assert await echoed(follower, leader) == b"hello"
+    await eventually(lambda: leader._relaying._punch._waiting, within_s=10)
+    assert relayed(follower, leader) == [True]
+    internet.punchable = True
+    return follower, leader
+
+
+@pytest.fixture
+def soon(monkeypatch) -> None:
+    """Other attempts follow soon."""
+    monkeypatch.setattr(holepunch, "_AGAIN_S", (0.1, 0.2))
+
+
+@pytest.mark.usefixtures("soon")
+async def test_what_failed_is_tried_again(stuck_pair: tuple[Mesh, Mesh]) -> None:
+    follower, leader = stuck_pair
+    await eventually(lambda: relayed(follower, leader) == relayed(leader, follower) == [False], within_s=20)
+
+
+async def test_a_change_of_network_is_a_reason_to_try_again(stuck_pair: tuple[Mesh, Mesh]) -> None:
+    follower, leader = stuck_pair
+    leader._announcer.on_woken()
+    await eventually(lambda: relayed(follower, leader) == relayed(leader, follower) == [False], within_s=20)
+
+
+async def test_a_peer_that_tells_a_new_address_is_dialed(internet, stuck_pair: tuple[Mesh, Mesh]) -> None:
+    """It has become reachable: the router forwards the port now."""
+    follower, leader = stuck_pair
+    internet.hidden.discard(follower._network.bound[0].port)
+    leader.add_addresses(follower.key, [f"/ip4/127.0.0.2/tcp/{follower._network.bound[0].port}"])
+    follower._discovery.on_addresses_changed()
+    await eventually(lambda: relayed(follower, leader) == relayed(leader, follower) == [False], within_s=20)
+
+
+async def test_nothing_waits_for_a_connection_that_is_over(stuck_pair: tuple[Mesh, Mesh]) -> None:
+    follower, leader = stuck_pair
+    for connection in leader._network.connections_with(follower.key):
+        await connection.close()
+    await eventually(lambda: not leader._relaying._punch._waiting)
+    assert not leader._relaying._punch._upgrading
 
 
 def _between(internet, ports: list[int]) -> list[tuple[int, int]]:
