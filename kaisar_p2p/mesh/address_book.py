@@ -8,6 +8,7 @@ its own when that is used up.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import math
 import random
@@ -16,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from kaisar_p2p.mesh.addresses import AnyAddress, CircuitAddress, is_loopback, parse_any
+from kaisar_p2p.mesh.addresses import AnyAddress, CircuitAddress, parse_any
 from kaisar_p2p.mesh.records import Record
 
 _LAN_ADDRESSES = 4
@@ -25,6 +26,7 @@ _FAILING = 3  # failures in a row after which an address comes after all others
 _DUMPED_PEERS, _DUMP_BYTES = 256, 512 * 1024
 _SHARE_OF_A_SOURCE = 4
 _REMEMBERED = "memory"
+_UNPRIVILEGED_PORT = 1024
 
 
 @dataclass(slots=True)
@@ -79,17 +81,20 @@ class AddressBook:
         multiaddrs: Iterable[str],
         *,
         trusted: bool = False,
+        private: bool = False,
         lan: bool = False,
+        told: bool | None = None,
         source: str = "",
     ) -> int:
         """Note addresses of a peer, newest last; what cannot be dialed is left out. Returns how many were new.
 
         Only for what a person, the ledger or the peer itself says, or, with `lan`, for what the local network does.
-        `trusted` and `lan` admit private addresses. `source` is who brought it, "" for ourselves.
+        `trusted` admits any address, `private` and `lan` private ones. `told`: by a stranger, who names no private one
+        that is not a node's; by default whenever there is a `source`, which is who brought it, "" for ourselves.
         """
-        taken = 0
+        taken, told = 0, bool(source) if told is None else told
         for text in multiaddrs:
-            address = self._dialable(key, text, trusted=trusted or lan, told=bool(source))
+            address = self._dialable(key, text, trusted=trusted, told=told, near=private or lan)
             if address is not None:
                 taken += self._note(key, address, source, lan=lan)
         return taken
@@ -119,8 +124,10 @@ class AddressBook:
             self._note(told.key, address, source, signed=True)
         return True
 
-    def _dialable(self, key: bytes, text: str, *, trusted: bool, told: bool = False) -> AnyAddress | None:
-        """The address in a text, unless it is not one to dial. A name that is only `told` may lead to a private one."""
+    def _dialable(
+        self, key: bytes, text: str, *, trusted: bool, told: bool = False, near: bool = False
+    ) -> AnyAddress | None:
+        """The address in a text, unless it is not one to dial."""
         try:
             address, named = parse_any(text)
         except ValueError:
@@ -129,11 +136,22 @@ class AddressBook:
             return None
         if isinstance(address, CircuitAddress) and address.relay == key:
             return None
-        is_name = not (address.through if isinstance(address, CircuitAddress) else address).kind.startswith("ip")
-        if trusted or not (address.is_private or (told and is_name)):
-            return address
-        allowed = self._allow_loopback if is_loopback(address) else self._allow_private
-        return address if allowed else None
+        return address if trusted or self._may_be_told(address, told=told, near=near) else None
+
+    def _may_be_told(self, address: AnyAddress, *, told: bool, near: bool) -> bool:
+        """Whether an address that nobody vouches for may be dialed: strangers are not to knock around in our network.
+
+        A name may lead anywhere, to this very machine too; ports below 1024 belong to routers and printers.
+        """
+        direct = address.through if isinstance(address, CircuitAddress) else address
+        in_lab = self._allow_private and self._allow_loopback
+        if not direct.kind.startswith("ip"):
+            return in_lab or not told
+        if not direct.is_private or in_lab:
+            return True
+        if direct.is_loopback or ipaddress.ip_address(direct.host).is_link_local:
+            return direct.is_loopback and self._allow_loopback
+        return near or (self._allow_private and (not told or direct.port >= _UNPRIVILEGED_PORT))
 
     def _note(self, key: bytes, address: AnyAddress, source: str, *, signed: bool = False, lan: bool = False) -> int:
         known = self._entry(key, source)

@@ -239,7 +239,8 @@ class Discovery:
         if not candidates:
             return None
         taken = self._outbound_subnets()
-        weights = {key: min(taken[subnet] for subnet in self._subnets(key)) for key in candidates}
+        # The fullest of its subnets counts: nobody looks new by naming an address elsewhere beside the true one.
+        weights = {key: max(taken[subnet] for subnet in self._subnets(key)) for key in candidates}
         least = min(weights.values())
         return self._rng.choice([key for key, weight in weights.items() if weight == least])
 

@@ -21,6 +21,7 @@ import trio
 
 from kaisar_p2p.errors import DecodeError, MeshError, SignatureError
 from kaisar_p2p.mesh.address_book import AddressBook
+from kaisar_p2p.mesh.addresses import CircuitAddress
 from kaisar_p2p.mesh.connection import Connection
 from kaisar_p2p.mesh.records import RECORD_BYTES, OwnRecord, Record, open_record
 from kaisar_p2p.mesh.streams import MeshStream
@@ -76,6 +77,16 @@ def source_of(host: str) -> str:
     if isinstance(address, ipaddress.IPv4Address):
         return str(address)
     return str(ipaddress.ip_network((address, 64), strict=False))
+
+
+def _source(connection: Connection) -> str:
+    """Of what a peer brings; all that come over one relay are one."""
+    if not connection.relayed:
+        return source_of(connection.remote_host)
+    relay = (
+        connection.address.relay.hex() if isinstance(connection.address, CircuitAddress) else connection.origin.subnet
+    )
+    return f"relay {relay[:16]}"
 
 
 class PeerExchange:
@@ -134,7 +145,7 @@ class PeerExchange:
         if told.record:
             record = self._checked(connection, told.record)
             if record is not None and record.signer == connection.key:
-                self._book.take(record, source_of(connection.remote_host), trio.current_time(), itself=True)
+                self._book.take(record, _source(connection), trio.current_time(), itself=True)
                 self._note_observed(connection, record)
         connection.instance = told.instance
         self.on_met(connection)
@@ -147,7 +158,7 @@ class PeerExchange:
         if record.signer == self._own_key:
             self._own.surpass(record.message.sequence)
             return None
-        self._book.take(record, source_of(connection.remote_host), trio.current_time())
+        self._book.take(record, _source(connection), trio.current_time())
         return record.signer
 
     def _checked(self, connection: Connection, envelope: bytes) -> Record | None:

@@ -258,7 +258,7 @@ class Mesh:
     def add_addresses(self, peer: bytes, addrs: Iterable[str]) -> None:
         """Note where a peer may be reached; whatever is not a usable address is left out."""
         if peer != self.key:
-            self._book.add(peer, addrs)
+            self._book.add(peer, addrs, source="announced", told=False)  # by many: it has its share of the book
 
     def keep_connected(self, peer: bytes, addrs: Iterable[str], *, asked_for: bool = False) -> None:
         """Stay connected with a bootstrap peer: redial for ever, with exponential backoff and jitter.
@@ -266,7 +266,7 @@ class Mesh:
         `asked_for`: a person named it, so failures are logged as warnings, the first and then every ten minutes.
         """
         if peer != self.key:
-            self._book.add(peer, addrs, trusted=True)
+            self._book.add(peer, addrs, trusted=asked_for, private=True)
             self._kept.add(peer)
             self._discovery.keep(peer, asked_for=asked_for)
 

@@ -59,8 +59,8 @@ def test_private_addresses_in_a_record_count_where_they_are_allowed(allowed: boo
 
 def test_loopback_is_a_matter_of_its_own() -> None:
     known = AddressBook(allow_private=True, allow_loopback=False, peers=4, addresses_per_peer=4)
-    known.take(signed(KEYS[0], "/ip4/10.0.0.1/tcp/1", "/ip4/127.0.0.1/tcp/1"), "a", 0)
-    assert texts(known) == ["/ip4/10.0.0.1/tcp/1"]
+    known.take(signed(KEYS[0], "/ip4/10.0.0.1/tcp/4001", "/ip4/127.0.0.1/tcp/4001"), "a", 0)
+    assert texts(known) == ["/ip4/10.0.0.1/tcp/4001"]
 
 
 def test_one_source_fills_a_quarter_of_the_book_with_its_own() -> None:
