@@ -30,13 +30,20 @@ def scene(scenes: Callable[[], Scene]) -> Scene:
 
 
 @pytest.fixture
+def fresh(scenes: Callable[[], Scene]) -> None:
+    """To be named before `attack`: memory is counted from a victim that no other flood has made grow."""
+    current = scenes()
+    current.is_spent = current.attacked
+
+
+@pytest.fixture
 def attack(scene: Scene) -> Callable[..., Outcome]:
     """Run an attack, check what holds after each, and print what it cost."""
 
     def run(name: str, /, **arguments: Any) -> Outcome:
         outcome = scene.attacked_by(name, **arguments)
         print(f"{name}: {outcome}")
-        scene.is_spent = True
+        scene.is_spent = scene.attacked = True
         check(scene, outcome)
         scene.is_spent = False
         return outcome

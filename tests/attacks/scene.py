@@ -101,7 +101,7 @@ class Scene:
         self._wait_until(lambda: all(p.ask("latencies")["gossip"] for p in (self.first, self.second)))
         # Growth counts from here: what one attack has left is there already when the next one begins.
         self._rss_bytes = self.victim.rss_bytes
-        self.is_spent = False
+        self.is_spent = self.attacked = False
 
     def _is_connected(self) -> bool:
         figures = [self.victim.ask("figures"), self._quiet.ask("figures")]

@@ -47,7 +47,7 @@ def test_a_flood_of_adverts_by_eight_peers_delays_no_certificate(attack) -> None
     attack("message_flood", name="advert", verdict="ok", peers=8, size=800, seconds=4.0)
 
 
-def test_a_flood_of_large_messages(attack) -> None:
+def test_a_flood_of_large_messages(fresh, attack) -> None:
     attack("message_flood", name="heartbeat", verdict="ok", peers=2, size=200_000, seconds=SECONDS)
 
 
