@@ -25,6 +25,7 @@ import trio
 from nacl.signing import SigningKey
 
 from kaisar_p2p.errors import RequestFailed
+from kaisar_p2p.mesh.admission import Origin
 from kaisar_p2p.mesh.circuit_wire import (
     HOP,
     STOP,
@@ -54,6 +55,7 @@ log = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 64 * 1024
 _ADDRESSES = 8  # told in a reservation
+_SHARE_OF_AN_ADDRESS = 4  # of all circuits
 _SUBNET_SHARE = 4  # a subnet may hold so many times what one address may
 
 
@@ -101,6 +103,7 @@ class Relay:
         self._limits = network.limits
         self._slots: dict[bytes, _Slot] = {}
         self._ends: Counter[bytes] = Counter()  # circuits by peer, at either end
+        self._comers: Counter[tuple[str, bytes]] = Counter()  # by where their source is, and target; b"": any
         self._circuits = self._strange_circuits = self._circuits_total = self._relayed_bytes = 0
         self._refused: Counter[str] = Counter()
         self._asking = PeerBuckets(self._limits.relay_asks_per_s, max(1.0, 8 * self._limits.relay_asks_per_s))
@@ -212,7 +215,7 @@ class Relay:
         if onward_connection is None:
             raise _Refusal(Status.NO_RESERVATION, "no reservation")
         limit = self._limit(source.key, target)
-        with self._place(source.key, target), source.in_use():
+        with self._place(source, target), source.in_use():
             onward = await self._open_stop(onward_connection, source.key, limit)
             try:
                 await send(stream, HopMessage(HopType.STATUS, limit=limit, status=Status.OK))
@@ -235,23 +238,38 @@ class Relay:
         return Limit(math.ceil(limits.relay_stranger_s), limits.relay_stranger_bytes)
 
     @contextmanager
-    def _place(self, source: bytes, target: bytes) -> Iterator[None]:
+    def _place(self, comer: Connection, target: bytes) -> Iterator[None]:
         """One circuit's place; raises _Refusal when there is none."""
+        source = comer.key
         strange = not self._are_members(source, target)
         most = self._limits.relay_circuits
         if self._circuits >= most or (strange and self._strange_circuits >= max(1, most // 2)):
             raise _Refusal(Status.RESOURCE_LIMIT_EXCEEDED, "circuits")
         if max(self._ends[source], self._ends[target]) >= self._limits.relay_circuits_per_peer:
             raise _Refusal(Status.RESOURCE_LIMIT_EXCEEDED, "circuits of a peer")
+        account = comer.origin.account
+        from_there = [(account, b""), (account, target)]
+        if not self._may_come(comer.origin, target):
+            raise _Refusal(Status.RESOURCE_LIMIT_EXCEEDED, "circuits of an address")
         self._circuits += 1
         self._strange_circuits += strange
         self._ends.update((source, target))
+        self._comers.update(from_there)
         try:
             yield
         finally:
             self._circuits -= 1
             self._strange_circuits -= strange
             self._ends -= Counter((source, target))  # forgets peers with none
+            self._comers -= Counter(from_there)
+
+    def _may_come(self, origin: Origin, target: bytes) -> bool:
+        """However many keys are at an address, it has a quarter of the places, and half of those of a target."""
+        if origin.private and self._limits.private_factor > 1:
+            return True
+        here, there = self._comers[origin.account, b""], self._comers[origin.account, target]
+        of_target = max(1, self._limits.relay_circuits_per_peer // 2)
+        return here < max(1, self._limits.relay_circuits // _SHARE_OF_AN_ADDRESS) and there < of_target
 
     async def _open_stop(self, target: Connection, source: bytes, limit: Limit) -> MuxedStream:
         try:
