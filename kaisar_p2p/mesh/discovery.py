@@ -199,6 +199,16 @@ class Discovery:
             self._book.confirm(key, connection.address)
         return connection
 
+    async def detour(self, doubtful: Connection) -> Connection:
+        """Another connection with a peer whose relay seems to be gone; the same one when there is no other way."""
+        key = doubtful.key
+        others = [address for address in self._book.of(key) if address != doubtful.address]
+        try:
+            return await self._network.dial(key, others, instead_of=doubtful)
+        except PeerUnreachable as error:
+            log.debug("%s", error.message)
+            return doubtful
+
     def _sample_connections(self, most: int) -> list[Connection]:
         keys = self._network.connected_keys()
         return self._connections(self._rng.sample(keys, min(most, len(keys))))

@@ -1,7 +1,9 @@
 """Finding out which peers are gone: one task for all connections of a node.
 
-A peer that we have not heard of for `keepalive_s` is pinged; one that stays silent for 1.75 times that, or that does not
-take what we send for `send_stall_s`, is dead. Whoever talks anyway is pinged rarely, for the round-trip time.
+A peer that we have not heard of for `keepalive_s` is pinged; one that stays silent for 1.75 times that, or that does
+not take what we send for `send_stall_s`, is dead. Whoever talks anyway is pinged rarely, for the round-trip time.
+Over a relay, of which there are others, what goes unanswered for a second is followed by a ping, and a ping that is
+not back after two seconds makes the connection doubtful: it lives on, but what is new looks for another way.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import trio
 _MEASURED_EVERY = 6  # keepalive intervals
 _DEAD_AFTER = 1.75  # times keepalive_s
 _TICKS = 10  # in keepalive_s
+_UNANSWERED_S, _DOUBTFUL_S = 1.0, 2.0
 
 
 class Kept(Protocol):
@@ -54,6 +57,8 @@ class Liveness:
     def __init__(self, keepalive_s: float, stall_s: float) -> None:
         self.rtt_s: float | None = None
         self.write_began: float | None = None  # a write that has not returned
+        self.unanswered_since = 0.0  # the first write since something was received, when it is later than that
+        self.impatient = False
         self._keepalive_s, self._stall_s = keepalive_s, stall_s
         self._looked = self._excused_until = 0.0
         self._ping_id, self._pinged = 0, 0.0
@@ -81,11 +86,24 @@ class Liveness:
         """The value of a ping to send now, or None."""
         patience = 1 if self.rtt_s is None else _MEASURED_EVERY  # a busy connection is not silent
         quiet_s, unmeasured_s = now - max(last_received, self._pinged), now - self._pinged
-        if quiet_s < self._keepalive_s and unmeasured_s < patience * self._keepalive_s:
+        if (
+            quiet_s < self._keepalive_s
+            and unmeasured_s < patience * self._keepalive_s
+            and not (self.impatient and self._is_unanswered(now, last_received))
+        ):
             return None
         self._ping_id = (self._ping_id + 1) & 0xFFFFFFFF
         self._pinged = now
         return self._ping_id
+
+    def _is_unanswered(self, now: float, last_received: float) -> bool:
+        """We have sent something since we last heard of the peer, a while ago, and no ping after it."""
+        since = self.unanswered_since
+        return last_received < since and self._pinged < since and now - since >= _UNANSWERED_S
+
+    def is_doubtful(self, now: float, last_received: float) -> bool:
+        """A ping is late, and nothing else has come since."""
+        return last_received < self._pinged and now - self._pinged >= _DOUBTFUL_S
 
     def on_pong(self, value: int, now: float) -> None:
         """A ping came back."""

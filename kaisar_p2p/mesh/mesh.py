@@ -489,7 +489,12 @@ class Mesh:
     async def _connect(self, peer: bytes) -> Connection:
         if peer == self.key:
             raise PeerUnreachable("a node does not dial itself")
-        return self._network.connection_to(peer) or await self._discovery.connect(peer)
+        connection = self._network.connection_to(peer)
+        if connection is None:
+            return await self._discovery.connect(peer)
+        if connection.relayed and connection.muxer.is_doubtful:
+            return await self._discovery.detour(connection)
+        return connection
 
     async def _tell(self, connection: Connection, protocol: str, payload: bytes) -> None:
         async with MeshStream(self._propose(connection), connection.key, protocol, 0) as frames:

@@ -208,6 +208,8 @@ class Network(Swarm):
             kind = _NotAdmitted if key is not None and self.is_foreign(key) else SwarmException
             raise kind(f"not connecting with {muxed_conn.peer_id}: ourselves, unwanted or no ed25519 key")
         connection = Connection(muxed_conn, self, inbound=direction == "inbound", key=key)
+        if connection.relayed:
+            muxed_conn.be_impatient()
         if not self.pruner.room_for_key(key, now):
             self.refused["key"] += 1
             raise _NotAdmitted("enough connections with this key")
@@ -305,14 +307,17 @@ class Network(Swarm):
 
     # -- dialing ------------------------------------------------------------------------------------------------------
 
-    async def dial(self, key: bytes, addresses: Iterable[AnyAddress]) -> Connection:
+    async def dial(
+        self, key: bytes, addresses: Iterable[AnyAddress], *, instead_of: Connection | None = None
+    ) -> Connection:
         """The open connection with a peer, or a new one to the first of its addresses that answers as that peer.
 
-        Raises PeerUnreachable. Concurrent dials of one peer share one attempt.
+        Raises PeerUnreachable. Concurrent dials of one peer share one attempt. `instead_of` is a connection that does
+        not count.
         """
         while True:
             connection = self.connection_to(key)
-            if connection is not None:
+            if connection is not None and connection is not instead_of:
                 return connection
             ongoing = self._dialing.get(key)
             if ongoing is None:

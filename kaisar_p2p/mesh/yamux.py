@@ -121,6 +121,15 @@ class Muxer(IMuxedConn):
         """Of the last ping that came back."""
         return self._liveness.rtt_s
 
+    def be_impatient(self) -> None:
+        """Find out in seconds that nothing is answered any more: there may be another way to the peer."""
+        self._liveness.impatient = True
+
+    @property
+    def is_doubtful(self) -> bool:
+        """A ping is late: whoever has another way to the peer had better take it."""
+        return self._liveness.is_doubtful(trio.current_time(), self.last_received)
+
     def get_remote_address(self) -> tuple[str, int] | None:
         """Address and port of the peer."""
         return self._session.get_remote_address()
@@ -203,7 +212,9 @@ class Muxer(IMuxedConn):
             return
         ping = self._liveness.ping_due(now, self.last_received)
         if ping is not None:
-            self.enqueue(HEADER.pack(0, PING, SYN, 0, ping))
+            frame = HEADER.pack(0, PING, SYN, 0, ping)
+            if not (self._outbox.idle and self._send_soon(frame)):
+                self.enqueue(frame)
         for stream in [stream for stream in self._lingering if stream.expired(now)]:
             stream.reset_nowait()
 
@@ -212,6 +223,25 @@ class Muxer(IMuxedConn):
     def enqueue(self, frame: bytes) -> None:
         """Send a control frame, ahead of all data."""
         self._outbox.control(frame)
+
+    def _send_soon(self, frame: bytes) -> bool:
+        """Send a ping or its answer, without waking the writer, which is idle; False: the writer has to send it.
+
+        When all is quiet, this is what connections cost.
+        """
+        try:
+            if not self._session.write_soon(frame):
+                return False
+        except ConnectionOver:  # the writer ends it
+            return False
+        self.sent_bytes += len(frame)
+        return True
+
+    def _answer_ping(self) -> None:
+        frame = self._outbox.take_pong()
+        if frame is not None and not self._send_soon(frame):
+            self._outbox.pong(frame)
+            self._outbox.flush()
 
     def schedule(self, stream: MuxedStream, size: int) -> None:
         """`stream` has `size` bytes more, or its end, to send."""
@@ -235,6 +265,8 @@ class Muxer(IMuxedConn):
         while True:
             data = await outbox.next_batch()
             began = liveness.write_began = trio.current_time()
+            if liveness.unanswered_since <= self.last_received:
+                liveness.unanswered_since = began
             await session.write(data)
             liveness.write_began = None
             outbox.sent(len(data), trio.current_time() - began)
@@ -256,6 +288,8 @@ class Muxer(IMuxedConn):
             before = parser.frames
             self.feed(data)
             data.release()
+            if self._outbox.answering:
+                self._answer_ping()
             if self._outbox.unflushed:
                 await trio.lowlevel.checkpoint()  # the new streams' handlers may answer at once
                 self._outbox.flush()

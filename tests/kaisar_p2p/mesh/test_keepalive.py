@@ -12,8 +12,9 @@ _KEEPALIVE_S = MeshLimits().keepalive_s
 class Peer:
     """A connection; `answers` says until when its peer reacts to pings, and `talks` until when it talks by itself."""
 
-    def __init__(self, *, answers: float = 0.0, talks: float = 0.0) -> None:
+    def __init__(self, *, answers: float = 0.0, talks: float = 0.0, impatient: bool = False) -> None:
         self.liveness = Liveness(_KEEPALIVE_S, 30.0)
+        self.liveness.impatient = impatient
         self.liveness.begin(trio.current_time())
         self.last_received = trio.current_time()
         self.answers, self.talks = answers, talks
@@ -78,6 +79,24 @@ async def test_a_peer_that_does_not_take_what_we_send_is_given_up(keeper: Keeper
     assert peer.dead is None
     await trio.sleep(4)
     assert peer.dead is not None
+
+
+@pytest.mark.parametrize(("impatient", "pings"), [(True, 1), (False, 0)])
+async def test_over_a_relay_what_is_not_answered_is_soon_doubtful(
+    keeper: Keeper, autojump_clock, impatient: bool, pings: int
+) -> None:
+    peer = Peer(impatient=impatient, answers=trio.current_time() + 1)
+    peer.liveness.on_pong(peer.liveness.ping_due(trio.current_time(), 0.0), trio.current_time())
+    keeper.add(peer)
+    await trio.sleep(1)
+    sent = peer.liveness.unanswered_since = trio.current_time()
+    await trio.sleep(5)
+    assert [at for at in peer.pings if at <= sent + 1 + _KEEPALIVE_S / 10] == peer.pings
+    assert len(peer.pings) == pings
+    assert peer.liveness.is_doubtful(trio.current_time(), peer.last_received) is impatient
+    assert peer.dead is None
+    peer.last_received = trio.current_time()
+    assert not peer.liveness.is_doubtful(trio.current_time(), peer.last_received)
 
 
 async def test_whoever_left_is_not_looked_at(keeper: Keeper, autojump_clock) -> None:

@@ -63,6 +63,31 @@ async def test_every_method_of_the_mesh_finds_the_way(internet) -> None:
     assert await a.request(b.key, "/ask", b"hi", deadline_s=5, max_reply_bytes=100) == b"hi from " + a.key
 
 
+async def test_when_a_relay_says_nothing_any_more_the_next_request_goes_over_another(internet) -> None:
+    relays = [await internet.relay() for _ in range(2)]
+    a, b = await internet.hidden_node(*relays), await internet.hidden_node(*relays)
+    introduce(a, b)
+    assert await echoed(a, b) == b"hello"
+    first = a._network.connection_to(b.key)
+    first.muxer._liveness.is_doubtful = lambda _now, _received: True
+    assert await echoed(a, b) == b"hello"
+    second = a._network.connection_to(b.key)
+    assert second is not first
+    assert second.address.relay != first.address.relay
+    await eventually(lambda: first.event_closed.is_set())  # nothing was open on it
+
+
+async def test_without_another_relay_a_doubtful_connection_is_used(internet) -> None:
+    relay = await internet.relay()
+    a, b = await internet.hidden_node(relay), await internet.hidden_node(relay)
+    introduce(a, b)
+    assert await echoed(a, b) == b"hello"
+    only = a._network.connection_to(b.key)
+    only.muxer._liveness.is_doubtful = lambda _now, _received: True
+    assert await echoed(a, b) == b"hello"
+    assert a._network.connections_with(b.key) == [only]
+
+
 async def test_the_addresses_over_relays_are_announced(internet) -> None:
     relays = [await internet.relay() for _ in range(2)]
     b = await internet.hidden_node(*relays)
