@@ -331,8 +331,8 @@ class Discovery:
         await connection.close()
 
     def _on_met(self, connection: Connection) -> None:
-        for surplus in self._settling.surplus_with(connection):
         self.on_told(connection)
+        for surplus in self._settling.surplus_with(connection):
             self._soon(self._network.retire, surplus)
 
     def _soon(self, function: object, *arguments: object) -> None:
