@@ -201,10 +201,10 @@ def gives_way(worst: Standing, newcomer: Standing, idle_s: float) -> str | None:
         return None
     if newcomer.kept:
         return "kept"
+    if worst.blame > newcomer.blame + _BLAME_MARGIN:
+        return "blame"  # also one that is busy: an open request costs nothing
     if worst.busy:
         return None
-    if worst.blame > newcomer.blame + _BLAME_MARGIN:
-        return "blame"
     if newcomer.blame > worst.blame + _BLAME_MARGIN:
         return None
     if worst.useful_s > idle_s:

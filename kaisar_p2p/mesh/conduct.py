@@ -58,6 +58,9 @@ class Conduct:
         if isinstance(error, ProtocolViolation) and not isinstance(error, NotAuthentic):
             self._refuse(key, self.reputation.ban(key, now), f"it broke the connection's protocol: {error}")
             return
+        if isinstance(error, NotAuthentic) and connection.relayed:
+            self._on_failed_handshake(connection.origin)  # the relay can change any byte: the key is not to blame
+            return
         points = UNAUTHENTIC_POINTS if isinstance(error, NotAuthentic) else BROKEN_STREAM_POINTS
         if self.reputation.penalise(key, points, now):
             self._refuse(key, self.reputation.ban_left_s(key, now), f"again: {error}")

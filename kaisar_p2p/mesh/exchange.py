@@ -193,8 +193,8 @@ class PeerExchange:
 
         choose(question.wanted, SHARED_RECORDS)
         if question.services:
-            choose(_shuffled(book.offering(question.services, now), rng), SHARED_RECORDS // 2)
-        choose(_shuffled(self._connected(), rng), SHARED_RECORDS * 3 // 4)
+            choose(_some(book.offering(question.services, now), rng), SHARED_RECORDS // 2)
+        choose(_some(self._connected(), rng), SHARED_RECORDS * 3 // 4)
         for record in book.sample(SHARED_RECORDS, rng, now, without=(asker, *chosen)):
             chosen.setdefault(record.signer, record)
         told = [record.envelope for record in chosen.values()]
@@ -204,5 +204,6 @@ class PeerExchange:
         return tuple(told[:SHARED_RECORDS])
 
 
-def _shuffled(keys: list[bytes], rng: random.Random) -> list[bytes]:
-    return rng.sample(keys, len(keys))
+def _some(keys: list[bytes], rng: random.Random) -> list[bytes]:
+    """In random order, as many as could be told: thousands may be known, and a question is to cost little."""
+    return rng.sample(keys, min(len(keys), 4 * SHARED_RECORDS))

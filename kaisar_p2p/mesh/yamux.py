@@ -402,7 +402,8 @@ class Muxer(IMuxedConn):
     async def wait_without_streams(self) -> None:
         """Wait until no stream is open."""
         while self._streams and not self._ended:
-            self._emptied = trio.Event()
+            if self._emptied is None or self._emptied.is_set():  # several may wait
+                self._emptied = trio.Event()
             await self._emptied.wait()
 
     @property

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import trio
 
 from kaisar_p2p.mesh.address_book import AddressBook
-from kaisar_p2p.mesh.admission import Door, Origin, Visitor, origin_of, relayed_origin
+from kaisar_p2p.mesh.admission import Door, Origin, Standing, Visitor, gives_way, origin_of, relayed_origin
 from kaisar_p2p.mesh.conduct import Conduct
 from kaisar_p2p.mesh.ids import key_pair_of
 from kaisar_p2p.mesh.limits import MeshLimits
 from kaisar_p2p.mesh.memory import Remembered
 from kaisar_p2p.mesh.network import Network
 from kaisar_p2p.mesh.reputation import BAN_POINTS, Reputation
+from kaisar_p2p.mesh.yamux_frames import NotAuthentic
 
 KEY, RELAY, OTHER_RELAY = os.urandom(32), os.urandom(32), os.urandom(32)
 LIMITS = MeshLimits(handshakes=32, handshakes_per_s=1000)
@@ -111,3 +113,20 @@ async def test_a_damaged_database_does_not_keep_the_mesh_from_starting(rows: obj
     await Remembered(Reputation(60.0), Disk(json.dumps(rows).encode()), book=book).load()
     await Remembered(Reputation(60.0), Disk("text in the place of bytes"), book=book).load()
     assert book.dump()
+
+
+@pytest.mark.parametrize("relayed", [True, False])
+async def test_a_relay_that_changes_bytes_bans_nobody(relayed: bool) -> None:
+    network = Network(key_pair_of(os.urandom(32)), MeshLimits())
+    Conduct(network, lambda _key: False)
+    origin = relayed_origin(KEY, RELAY) if relayed else origin_of("8.8.8.8")
+    connection = SimpleNamespace(key=KEY, relayed=relayed, origin=origin)
+    for _ in range(30):
+        network.on_offence(connection, NotAuthentic("changed"))  # type: ignore[arg-type]
+    assert network.is_banned(KEY) is not relayed
+    assert not network.is_origin_banned(relayed_origin(KEY, OTHER_RELAY))
+
+
+def test_an_open_request_does_not_protect_who_misbehaves() -> None:
+    assert gives_way(Standing(busy=True, blame=60.0), Standing(), 300.0) == "blame"
+    assert gives_way(Standing(busy=True, useful_s=900.0), Standing(), 300.0) is None

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import trio
+import trio.testing
 
 from kaisar_p2p.mesh import Mesh, MeshConfig, MeshLimits, open_mesh
 from kaisar_p2p.mesh.addresses import Address, local_addresses
@@ -20,6 +21,7 @@ from kaisar_p2p.mesh.ids import key_pair_of
 from kaisar_p2p.mesh.igd import RouterRefused
 from kaisar_p2p.mesh.network import Network
 from kaisar_p2p.mesh.upnp import PortMapping
+from kaisar_p2p.mesh.yamux import Muxer
 from kaisar_p2p.wire.codec import decode, encode
 from tests.kaisar_p2p.mesh.conftest import FAST
 
@@ -28,6 +30,11 @@ from libp2p.network.exceptions import SwarmException  # isort: skip
 
 def network() -> Network:
     return Network(key_pair_of(os.urandom(32)), MeshLimits())
+
+
+def punch() -> HolePunch:
+    """Of a mesh that does not run."""
+    return Mesh(MeshConfig(listen=()), os.urandom(32))._relaying._punch
 
 
 async def test_months_without_a_router_do_not_end_the_search_for_one(autojump_clock) -> None:
@@ -75,11 +82,11 @@ async def test_a_peer_that_changes_its_instance_all_the_time_starts_one_inquiry(
 
 
 async def test_a_connection_before_everything_runs_is_no_error() -> None:
-    HolePunch(network()).on_connected(SimpleNamespace(relayed=False))  # type: ignore[arg-type]
+    punch().on_connected(SimpleNamespace(relayed=False))  # type: ignore[arg-type]
 
 
-def test_who_listens_nowhere_punches_no_holes_into_itself() -> None:
-    assert HolePunch(network())._acceptable([Address("ip4", "127.0.0.1", 22)]) == []
+async def test_who_listens_nowhere_punches_no_holes_into_itself() -> None:
+    assert punch()._acceptable([Address("ip4", "127.0.0.1", 22)]) == []
 
 
 async def test_being_full_is_not_held_against_who_comes(nursery) -> None:
@@ -132,3 +139,16 @@ async def test_a_dial_back_finds_a_stranger_s_listener_and_leaves_from_a_fresh_p
         raw = await asker.request(helper.key, PROTOCOL, encode(question), deadline_s=10, max_reply_bytes=1024)
         assert decode(Answer, raw).results == (FAILED,)
         assert all(fresh)
+
+
+async def test_all_who_wait_for_the_last_stream_are_woken() -> None:
+    """Else a connection that is retired and parted with at once stays until the patience of both is over."""
+    muxer = Muxer(SimpleNamespace(is_initiator=True), b"peer", limits=MeshLimits())  # type: ignore[arg-type]
+    muxer.event_started.set()
+    stream = muxer.open_stream_nowait()
+    with trio.fail_after(5):
+        async with trio.open_nursery() as waiting:
+            for _ in range(2):
+                waiting.start_soon(muxer.wait_without_streams)
+            await trio.testing.wait_all_tasks_blocked()
+            stream.reset_nowait()
