@@ -3,7 +3,8 @@
 One node in its own process; others connect `cycles` times (identify, ping, request, gossip; half of them leave without
 a goodbye, some are garbage), then use it for `minutes` as a swarm does. Its resident memory, open files and tasks are
 sampled from outside; the slope is a least-squares line over what comes after the warm-up, the first half of the cycles
-(every identity has come ten times by then, so caches are full) and the first quarter of the minutes.
+(every identity has come ten times by then, so caches are full) and the first quarter of the minutes (at least five of
+them, or half).
 
 It is flat, and the exit code 0, when nothing failed and
 
@@ -42,6 +43,7 @@ _GRAIN_KIB = 1024.0  # growth that one step of the allocator explains
 _FILES_PER_MINUTE = 0.2
 _SETTLE_S = 12.0  # what was cut off without a word is found by then
 _P99_WINDOWS = 6
+_CACHES_MIN = 5.0  # minutes until what is remembered for minutes (messages seen, authors) is as large as it gets
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ class Soak:
         found: list[Figure] = []
         steady = [s for s in self._cycle_samples if s.at >= self._cycles / 2]
         found += _memory("memory per 1,000 connection cycles", steady, 1000)
-        steady = [s for s in self._mixed_samples if s.at >= self._minutes / 4]
+        steady = [s for s in self._mixed_samples if s.at >= min(self._minutes / 2, max(self._minutes / 4, _CACHES_MIN))]
         found += _memory("memory per minute of mixed traffic", steady, 1)
         found += _files(steady)
         for name, (first, last) in self._bounds.items():
