@@ -117,7 +117,8 @@ class Rendezvous:
             return
         told = await self._exchange.ask(connection, (key,), RENDEZVOUS)
         named += told or ()
-        if not was_connected and len(self._network.connected_keys()) > self._network.limits.target_peers:
+        surplus = not was_connected and len(self._network.connected_keys()) > self._network.limits.target_peers
+        if surplus and not connection.busy:  # somebody else may have begun to use it
             await connection.close()
 
     async def run(self) -> None:

@@ -20,6 +20,7 @@ from kaisar_p2p.mesh.holepunch import HolePunch
 from kaisar_p2p.mesh.ids import key_pair_of
 from kaisar_p2p.mesh.igd import RouterRefused
 from kaisar_p2p.mesh.network import Network
+from kaisar_p2p.mesh.rendezvous import Rendezvous
 from kaisar_p2p.mesh.upnp import PortMapping
 from kaisar_p2p.mesh.yamux import Muxer
 from kaisar_p2p.wire.codec import decode, encode
@@ -152,3 +153,32 @@ async def test_all_who_wait_for_the_last_stream_are_woken() -> None:
                 waiting.start_soon(muxer.wait_without_streams)
             await trio.testing.wait_all_tasks_blocked()
             stream.reset_nowait()
+
+
+async def test_a_connection_that_somebody_uses_is_not_closed_after_a_question() -> None:
+    """A search dials a peer too many; meanwhile a request to it shares the dial."""
+    closed: list[bool] = []
+
+    async def ask(*_question: object) -> None:
+        return None
+
+    for busy in (True, False):
+
+        async def close(busy: bool = busy) -> None:
+            closed.append(busy)
+
+        connection = SimpleNamespace(busy=busy, close=close)
+
+        async def dial(_key: bytes, found: object = connection) -> object:
+            return found
+
+        crowd = SimpleNamespace(
+            get_peer_id=lambda: SimpleNamespace(to_bytes=lambda: bytes(38)),
+            connection_to=lambda _key: None,
+            connected_keys=lambda: [bytes(32)] * 9,
+            limits=MeshLimits(target_peers=8),
+        )
+        dialer, exchange = SimpleNamespace(dial=dial), SimpleNamespace(ask=ask)
+        rendezvous = Rendezvous(crowd, None, exchange, dialer, random.Random(1))  # type: ignore[arg-type]
+        await rendezvous._ask_about(b"p" * 32, b"k" * 32, [])
+    assert closed == [False]
