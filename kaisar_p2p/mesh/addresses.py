@@ -115,10 +115,17 @@ def parse(text: str) -> tuple[Address, bytes | None]:
     if kind == "ip4":
         ipaddress.IPv4Address(host)
     elif kind == "ip6":
-        ipaddress.IPv6Address(host)
-    elif not host or not all(c.isascii() and (c.isalnum() or c in "-._") for c in host):
-        raise ValueError(f"not a host name: {text!r:.80}")
+        if ipaddress.IPv6Address(host).ipv4_mapped is not None:  # would pass for what it is not
+            raise ValueError(f"IPv4 inside IPv6: {text!r:.80}")
+        _check_name(host.partition("%")[2] or "-", text)
+    else:
+        _check_name(host, text)
     return Address(kind, host, port), _key_in(parts)
+
+
+def _check_name(name: str, text: str) -> None:
+    if not name or not all(c.isascii() and (c.isalnum() or c in "-._") for c in name):
+        raise ValueError(f"not a host name: {text!r:.80}")
 
 
 def _key_in(parts: list[str]) -> bytes | None:

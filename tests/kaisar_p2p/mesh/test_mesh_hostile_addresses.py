@@ -78,6 +78,15 @@ async def test_what_is_announced_to_all_does_not_push_out_what_others_bring() ->
     assert len(mesh._book.peers()) <= most // 4 + 1
 
 
+@pytest.mark.parametrize(
+    "host", ["::ffff:127.0.0.1", "::ffff:7f00:1", "::FFFF:10.0.0.1", "fe80::1%\x1b[2J", "fe80::1%a b"]
+)
+def test_addresses_in_disguise_are_none(host: str) -> None:
+    """IPv6 sockets reach IPv4 services through those; the ends of others would be printed."""
+    with pytest.raises(ValueError):
+        parse_any(f"/ip6/{host}/tcp/6379")
+
+
 async def test_nobody_looks_new_by_naming_an_address_elsewhere_too() -> None:
     book = AddressBook(allow_private=False, peers=1000, addresses_per_peer=4)
     for number in range(50):
