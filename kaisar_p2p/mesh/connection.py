@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -40,6 +41,8 @@ StreamHandler = Callable[["Connection", MuxedStream], Awaitable[None]]
 class TcpStream(TrioTCPStream):
     """The library's TCP stream, with an answer for IPv6 and without its locks: a session has one reader, one writer."""
 
+    _held = b""  # of `write_soon`
+
     async def read(self, n: int | None = None) -> bytes:
         """Some bytes, b"" at the end; raises ConnectionClosedError."""
         try:
@@ -49,10 +52,22 @@ class TcpStream(TrioTCPStream):
 
     async def write(self, data: bytes) -> None:
         """Send all of `data`; raises ConnectionClosedError."""
+        if self._held:
+            data, self._held = b"".join((self._held, data)), b""
         try:
             await self.stream.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise ConnectionClosedError(f"the TCP connection broke: {error}") from None
+
+    def write_soon(self, data: bytes) -> bool:
+        """Send a few bytes at once; False: part of them leaves with the next `write`. Not while one is under way."""
+        data = self._held + data
+        try:
+            sent = os.write(self.stream.socket.fileno(), data)
+        except OSError:  # the system takes nothing now, or the connection is broken: the next write will say so
+            sent = 0
+        self._held = data[sent:]
+        return not self._held
 
     def get_remote_address(self) -> tuple[str, int] | None:
         """Address and port of the peer."""

@@ -13,14 +13,18 @@ from typing import Protocol
 
 import trio
 
-_MEASURED_EVERY = 6  # keepalive intervals
+_MEASURED_EVERY = 20  # keepalive intervals
 _DEAD_AFTER = 1.75  # times keepalive_s
 _TICKS = 10  # in keepalive_s
+_SELDOM = 0.3  # times keepalive_s: between two looks at a connection with which all is well
+_DIALER_WAITS = 1.2  # times keepalive_s: more than a tick longer
 _UNANSWERED_S, _DOUBTFUL_S = 1.0, 2.0
 
 
 class Kept(Protocol):
-    """A connection that wants to be looked at."""
+    """A connection that wants to be looked at, but not before the trio time `tend_at`."""
+
+    tend_at: float
 
     def tend(self, now: float) -> None:
         """Do what is due at trio time `now`; raises nothing."""
@@ -47,7 +51,7 @@ class Keeper:
             planned = trio.current_time() + self._tick_s
             await trio.sleep_until(planned)
             now = trio.current_time()
-            for kept in list(self._kept):
+            for kept in [kept for kept in self._kept if kept.tend_at <= now]:
                 kept.tend(now)
 
 
@@ -60,11 +64,15 @@ class Liveness:
         self.unanswered_since = 0.0  # the first write since something was received, when it is later than that
         self.impatient = False
         self._keepalive_s, self._stall_s = keepalive_s, stall_s
+        self._patience_s = keepalive_s
         self._looked = self._excused_until = 0.0
         self._ping_id, self._pinged = 0, 0.0
 
-    def begin(self, now: float) -> None:
-        """The connection begins."""
+    def begin(self, now: float, *, dialed: bool = False) -> None:
+        """The connection begins. Who dialed leaves the pings to the other side, unless that one forgets them: nodes
+        with many connections have been dialed, and what they do for many at once costs them less.
+        """
+        self._patience_s = self._keepalive_s * (_DIALER_WAITS if dialed else 1)
         self._looked = self._excused_until = now
         self._ping_id = secrets.randbits(32)
         self._pinged = now - self._keepalive_s
@@ -82,12 +90,18 @@ class Liveness:
             return f"has not taken what we sent for {self._stall_s:.0f} s"
         return None
 
+    def next_look(self, now: float, last_received: float) -> float:
+        """When there may be something to do. Nothing is urgent while no ping is under way."""
+        if self.impatient or self.write_began is not None or last_received < self._pinged:
+            return now
+        return min(now + _SELDOM * self._keepalive_s, last_received + self._patience_s)
+
     def ping_due(self, now: float, last_received: float) -> int | None:
         """The value of a ping to send now, or None."""
         patience = 1 if self.rtt_s is None else _MEASURED_EVERY  # a busy connection is not silent
         quiet_s, unmeasured_s = now - max(last_received, self._pinged), now - self._pinged
         if (
-            quiet_s < self._keepalive_s
+            quiet_s < self._patience_s
             and unmeasured_s < patience * self._keepalive_s
             and not (self.impatient and self._is_unanswered(now, last_received))
         ):

@@ -6,6 +6,7 @@ complete frames of a read at once, into memory that is used again.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable
 
 from cryptography.exceptions import InvalidTag
@@ -194,6 +195,9 @@ class NoiseSession(BaseSession):
         self._buffers = buffers
         self._decryption = Decryption(outcome, buffers.plaintext)
         self._encryption = Encryption(outcome)
+        self._write_soon: Callable[[bytes], bool] | None = None
+        if os.name == "posix":  # elsewhere sockets are no files
+            self._write_soon = getattr(getattr(raw.raw, "stream", None), "write_soon", None)  # none over a relay
 
     async def receive(self, most: int = READ_BYTES) -> memoryview:
         """Wait for more plaintext, reading `most` bytes at once; it is gone at the next checkpoint.
@@ -231,6 +235,13 @@ class NoiseSession(BaseSession):
             return
         for start in range(0, len(data), WRITE_BYTES):
             await self._write_many(data[start : start + WRITE_BYTES])
+
+    def write_soon(self, data: bytes) -> bool:
+        """Encrypt and send a few bytes without waiting, while no `write` is under way.
+
+        False: that is not possible here, or part of it leaves with the next `write`, of which there should be one.
+        """
+        return self._write_soon is not None and self._write_soon(self._encryption.seal_one(data))
 
     async def _write_many(self, data: bytes) -> None:
         buffer = self._buffers.take()

@@ -201,6 +201,10 @@ class PrivateStream(CheckedStream):
                 raise self._suspicion(b"") from None
             raise
 
+    def write_soon(self, data: bytes) -> bool:
+        """Encrypt and send; see `TcpStream.write_soon`."""
+        return super().write_soon(self._encrypt(data))
+
     async def _checked(self) -> bytes:
         try:
             return await super()._checked()

@@ -75,6 +75,7 @@ class Muxer(IMuxedConn):
         self.event_started, self.event_closed = trio.Event(), trio.Event()
         self.received_bytes = self.sent_bytes = 0
         self.last_received = 0.0  # trio time
+        self.tend_at = 0.0  # trio time
         self.violation: ProtocolViolation | None = None  # why the connection ended, when that was the peer's fault
         self.on_stream: Callable[[MuxedStream], object] | None = None  # takes inbound streams, or `accept_stream` does
         self._limits = limits or MeshLimits()
@@ -147,7 +148,7 @@ class Muxer(IMuxedConn):
     async def start(self) -> None:
         """Run until the connection ends; never raises but for cancellation."""
         self.last_received = trio.current_time()
-        self._liveness.begin(self.last_received)
+        self._liveness.begin(self.last_received, dialed=self._initiator)
         try:
             async with trio.open_nursery() as nursery:
                 self._scope = nursery.cancel_scope
@@ -217,6 +218,7 @@ class Muxer(IMuxedConn):
                 self.enqueue(frame)
         for stream in [stream for stream in self._lingering if stream.expired(now)]:
             stream.reset_nowait()
+        self.tend_at = self._liveness.next_look(now, self.last_received)
 
     # -- sending ------------------------------------------------------------------------------------------------------
 

@@ -32,6 +32,7 @@ class Outbox:
     def __init__(self) -> None:
         self.waiting: set[MuxedStream] = set()  # whose writers wait until there is room
         self.unflushed = False
+        self.answering = False
         self._control: list[bytes] = []
         self._control_bytes = 0
         self._pong: bytes | None = None  # only the last one: a flood of pings gets few answers
@@ -67,9 +68,22 @@ class Outbox:
         self._wake()
 
     def pong(self, frame: bytes) -> None:
-        """The answer to a ping, in place of an earlier one that has not left."""
+        """The answer to a ping, in place of an earlier one that has not left. It waits for `take_pong` or `flush`."""
         self._pong = frame
-        self._wake()
+        self.answering = True
+
+    def take_pong(self) -> bytes | None:
+        """The answer that waits, for the caller to send while the writer is idle; None: the writer will send it."""
+        self.answering = False
+        if not self.idle:
+            return None
+        frame, self._pong = self._pong, None
+        return frame
+
+    @property
+    def idle(self) -> bool:
+        """The writer waits for something to send, and there is nothing but an answer to a ping."""
+        return self._filled is not None and not (self._control or self._newcomers or self._others)
 
     def add(self, stream: MuxedStream, size: int) -> None:
         """`stream` has `size` bytes more to send, or its end."""

@@ -20,6 +20,7 @@ class Peer:
         self.answers, self.talks = answers, talks
         self.pings: list[float] = []
         self.dead: tuple[float, str] | None = None
+        self.tend_at = 0.0
 
     def tend(self, now: float) -> None:
         if now < self.talks:
@@ -34,6 +35,7 @@ class Peer:
             if now < self.answers:
                 self.last_received = now
                 self.liveness.on_pong(ping, now + 0.05)
+        self.tend_at = self.liveness.next_look(now, self.last_received)
 
 
 @pytest.fixture
