@@ -238,9 +238,11 @@ class Discovery:
 
     def _has_enough(self) -> bool:
         """As many as wanted, half of them chosen by us: whoever comes to us does not keep us from choosing."""
-        connections = self._connections(self._network.connected_keys())
-        outbound = sum(not connection.inbound for connection in connections)
-        return len(connections) >= self._limits.target_peers and 2 * outbound >= self._limits.target_peers
+        most = self._limits.target_peers
+        if len(self._network.connected_keys()) < most:
+            return False
+        chosen = {c.key for c in self._network.open_connections() if not (c.inbound or c.retired)}
+        return 2 * len(chosen) >= most
 
     def _next_candidate(self) -> bytes | None:
         """A source at random, then a peer at random from the subnets that we have the fewest connections to."""
