@@ -154,10 +154,18 @@ class Router:
         targets.difference_update(exclude)
         return list(targets)
 
-    def _choose(self, topic: str, total: int, have: set[bytes], *, now: float | None = None) -> set[bytes]:
+    def _choose(
+        self,
+        topic: str,
+        total: int,
+        have: set[bytes],
+        *,
+        now: float | None = None,
+        among: Iterable[bytes] | None = None,
+    ) -> set[bytes]:
         candidates = [
             peer
-            for peer in self.subscribers(topic)
+            for peer in (self.subscribers(topic) if among is None else among)
             if peer not in have
             and self._score(peer) >= 0
             and (now is None or self._backoff.get((topic, peer), 0.0) <= now)
@@ -296,8 +304,8 @@ class Router:
         missing = DEGREE_OUTBOUND - sum(self._peers[peer].outbound for peer in members)
         if missing <= 0 or len(members) < DEGREE_LOW:
             return
-        others = self._choose(topic, len(self._peers), members, now=now)
-        self._graft(topic, members, [p for p in others if self._peers[p].outbound][:missing], out)
+        outbound = [peer for peer, state in self._peers.items() if state.outbound and topic in state.topics]
+        self._graft(topic, members, self._choose(topic, len(members) + missing, members, now=now, among=outbound), out)
 
     def _offer(self, topic: str, members: set[bytes], out: dict[bytes, Control]) -> None:
         ids = self.cache.recent(topic)[-MAX_OFFERED_IDS:]
