@@ -119,13 +119,27 @@ class LocalNetwork:
 
         logging.getLogger("zeroconf").setLevel(logging.CRITICAL)
         interfaces: Any = list(self._interfaces) if self._interfaces else zeroconf.InterfaceChoice.All
-        daemon = zeroconf.Zeroconf(interfaces=interfaces)
+        changed = self._answer(zeroconf.Zeroconf(interfaces=interfaces), addresses)
+        while changed is not None:  # other addresses: other interfaces to listen on, perhaps none for a while
+            try:
+                daemon = zeroconf.Zeroconf(interfaces=interfaces)
+            except OSError as error:
+                log.debug("no multicast at the moment: %s", error)
+                changed = self._commands.get()
+            else:
+                changed = self._answer(daemon, changed)
+
+    def _answer(self, daemon: Zeroconf, addresses: tuple[Address, ...]) -> tuple[Address, ...] | None:
+        """Answer and look, until our addresses change: to what; None at the end."""
+        import zeroconf
+
+        self._seen.clear()
         try:
             daemon.register_service(self._service(addresses))
             browser = zeroconf.ServiceBrowser(daemon, SERVICE, handlers=[self._on_change])
-            while (changed := self._commands.get()) is not None:
-                daemon.update_service(self._service(changed))
+            changed = self._commands.get()
             browser.cancel()  # `close` leaves its thread behind
+            return changed
         finally:
             daemon.close()
 
@@ -143,6 +157,12 @@ class LocalNetwork:
         )
 
     def _on_change(self, zeroconf: Zeroconf, service_type: str, name: str, state_change: Any) -> None:
+        try:
+            self._look_at(zeroconf, service_type, name, state_change)
+        except Exception as error:  # noqa: BLE001  (the edge: a name that the package refuses would end its thread)
+            log.debug("%r on the local network is left out: %r", name[:80], error)
+
+    def _look_at(self, zeroconf: Zeroconf, service_type: str, name: str, state_change: Any) -> None:
         from zeroconf import ServiceInfo, ServiceStateChange
 
         if state_change is ServiceStateChange.Removed:
