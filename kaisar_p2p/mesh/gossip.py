@@ -25,6 +25,7 @@ from kaisar_p2p.mesh.gossip_queues import LEAST_IMPORTANT
 from kaisar_p2p.mesh.gossip_router import MAX_OFFERED_IDS, MAX_TOPICS_PER_PEER, Control, Router
 from kaisar_p2p.mesh.gossip_seen import AuthorSequences, SeenMessages
 from kaisar_p2p.mesh.gossip_sending import PROTOCOL, Outbox
+from kaisar_p2p.mesh.gossip_unfinished import Unfinished, UnfinishedRpcs
 from kaisar_p2p.mesh.gossip_wire import MalformedGossip, Published
 from kaisar_p2p.mesh.network import Network
 from kaisar_p2p.mesh.reputation import FORWARDED_POINTS, IMPATIENT_POINTS, REJECTED_POINTS, Reputation
@@ -39,7 +40,9 @@ __all__ = ["PROTOCOL", "Gossip", "GossipMessage", "Validator"]
 log = logging.getLogger(__name__)
 
 _READ_BYTES = 256 * 1024
-_STREAMS_PER_PEER = 4
+_STREAMS_PER_PEER = 2  # the second for a new connection while the old one dies
+_SILENT_S = 5.0  # a stream that has been silent for so long gives way to a new one
+_LARGEST_RPC = 1 << 20
 _CHUNK = 32  # messages of one peer, between two looks at its rate
 _DUPLICATE_COST = 0.25  # of a new message, for the rate
 _CROWDED_S = 0.02  # that a peer is not read when too much waits to be judged
@@ -63,6 +66,9 @@ class Gossip:
         self._subscriptions: dict[str, Subscription] = {}  # by full topic
         self._outbox = Outbox(network, rng, self._announcement, self._router.remove_peer)
         self._intake = Intake(limits, self._conclude, self._on_lost)
+        self._rpc_bytes = max(_LARGEST_RPC, 2 * limits.message_bytes)
+        most = max(limits.unfinished_bytes, self._rpc_bytes)
+        self._unfinished = UnfinishedRpcs(most, self._rpc_bytes, limits.send_stall_s)
         self._sequence = 0
         self.verdicts: Counter[tuple[str, str]] = Counter()
         self.dropped: Counter[str] = Counter()
@@ -85,6 +91,9 @@ class Gossip:
         for peer in self._router.broken_promises(self._seen.__contains__, now):
             if not self._intake.crowded:  # otherwise it may have come, and given way here
                 self._penalise(peer, _BROKEN_POINTS, "offers messages and does not send them")
+        for peer in self._unfinished.stalled(now):
+            log.warning("peer %s does not finish its gossip: disconnecting", peer.hex()[:12])
+            self._abort(peer)
         for peer, control in self._router.heartbeat(now).items():
             self._send_control(peer, control)
 
@@ -160,10 +169,10 @@ class Gossip:
     async def _receive(self, connection: Connection, stream: MuxedStream) -> None:
         """Read a peer's gossip stream until it ends; garbage costs the peer its connection."""
         link = self._outbox.links.get(connection.key)
-        if link is None or link.inbound_streams >= _STREAMS_PER_PEER:
+        if link is None or not self._make_room(link):
             stream.reset_nowait()
             return
-        link.inbound_streams += 1
+        link.inbound.append(stream)
         self._outbox.announce_to(link)  # a peer that opens a stream anew may have lost what it knew of us
         try:
             await self._read_frames(connection.key, stream, link)
@@ -172,18 +181,39 @@ class Gossip:
         except (MuxedStreamEOF, MuxedStreamError):
             pass
         finally:
-            link.inbound_streams -= 1
+            link.inbound.remove(stream)
             stream.reset_nowait()
 
+    @staticmethod
+    def _make_room(link: Link) -> bool:
+        """One more stream may begin: a peer whose connections died opens one on the next."""
+        if len(link.inbound) < _STREAMS_PER_PEER:
+            return True
+        oldest = min(link.inbound, key=lambda stream: stream.waiting_since)
+        if trio.current_time() - oldest.waiting_since < _SILENT_S:
+            return False
+        oldest.reset_nowait()
+        return True
+
     async def _read_frames(self, sender: bytes, stream: MuxedStream, link: Link) -> None:
-        reader = wire.FrameReader(max(1 << 20, 2 * self._limits.message_bytes))
+        part = Unfinished(sender, stream)
+        try:
+            await self._read_rpcs(part, link)
+        finally:
+            self._unfinished.discard(part)
+
+    async def _read_rpcs(self, part: Unfinished, link: Link) -> None:
+        reader, sender, stream = wire.FrameReader(self._rpc_bytes), part.sender, part.stream
         while True:
             data = await stream.read(_READ_BYTES)
             now = trio.current_time()
             received_at = time.time() - (now - stream.waiting_since)  # our own backlog is not the sender's delay
             wait_s = link.bytes_bucket.take(len(data), now)
             self._intake.begin_turn()
-            for rpc in reader.feed(data):
+            rpcs = reader.feed(data)
+            if reader.unfinished_bytes or part.size:
+                self._unfinished.update(part, reader.unfinished_bytes, now)
+            for rpc in rpcs:
                 await self._on_rpc(sender, link, rpc, received_at)
             if wait_s > 0 or self._intake.crowded:
                 await trio.sleep(max(wait_s, _CROWDED_S))
@@ -281,6 +311,9 @@ class Gossip:
     def _disconnect(self, key: bytes, reason: str) -> None:
         left_s = self._reputation.ban_left_s(key, trio.current_time())
         log.warning("disconnecting and refusing peer %s for %.0f s: %s", key.hex()[:12], left_s, reason)
+        self._abort(key)
+
+    def _abort(self, key: bytes) -> None:
         for connection in self._network.connections_with(key):
             connection.muxer.abort()
 

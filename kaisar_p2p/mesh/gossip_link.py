@@ -26,7 +26,7 @@ class Link:
     def __init__(self, limits: MeshLimits, now: float, dropped: Counter[tuple[str, int]]) -> None:
         self.messages_bucket = TokenBucket(limits.messages_per_s, limits.messages_burst, now)
         self.bytes_bucket = TokenBucket(limits.bytes_per_s, limits.bytes_burst, now)
-        self.inbound_streams = 0
+        self.inbound: list[MuxedStream] = []  # that the peer has open
         self.sending: trio.CancelScope | None = None
         self.stream: MuxedStream | None = None  # open and announced
         self.unsent = b""

@@ -213,6 +213,11 @@ class FrameReader:
         self._buffer = bytearray()  # the RPC that is not complete
         self._missing = 0  # bytes before it is worth looking again
 
+    @property
+    def unfinished_bytes(self) -> int:
+        """Of an RPC that is not complete."""
+        return len(self._buffer)
+
     def feed(self, data: bytes) -> list[bytes]:
         """The RPCs that `data` completes; raises MalformedGossip."""
         if self._missing > len(data):

@@ -48,6 +48,7 @@ class MeshLimits:
     spread_s: float = 0.2  # at most so long waits a message that its receiver has probably got from others
     inbound_messages: int = 2048  # waiting for a verdict, the least important give way; of each heavy topic a quarter
     inbound_bytes: int = 6 * 1024 * 1024
+    unfinished_bytes: int = 8 * 1024 * 1024  # of gossip RPCs that have not arrived whole, all peers
     inbound_wait_s: float = 2.0  # messages that wait longer are dropped, but for the most important
     send_stall_s: float = 30.0  # a peer that does not read its gossip for so long is disconnected
     seen_messages: int = 65536

@@ -102,6 +102,11 @@ class MuxedStream(IMuxedStream):
         """What the receive window has grown since the stream was opened."""
         return self._window - FIRST_WINDOW
 
+    @property
+    def unread_bytes(self) -> int:
+        """Received and not read yet."""
+        return self._received_bytes
+
     # -- reading ------------------------------------------------------------------------------------------------------
 
     async def read(self, n: int | None = None) -> bytes:

@@ -10,13 +10,14 @@ from typing import Any
 
 import trio
 
-from tests.attacks import on_connections, on_gossip, on_streams
+from tests.attacks import on_connections, on_gossip, on_streams, on_unfinished
 from tests.attacks.target import Target
 
 ATTACKS: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
     **on_connections.ATTACKS,
     **on_streams.ATTACKS,
     **on_gossip.ATTACKS,
+    **on_unfinished.ATTACKS,
 }
 
 _LONGEST_S = 45.0
