@@ -238,11 +238,9 @@ class Discovery:
 
     def _has_enough(self) -> bool:
         """As many as wanted, half of them chosen by us: whoever comes to us does not keep us from choosing."""
-        most = self._limits.target_peers
-        if len(self._network.connected_keys()) < most:
-            return False
-        chosen = {c.key for c in self._network.open_connections() if not (c.inbound or c.retired)}
-        return 2 * len(chosen) >= most
+        wanted = self._limits.target_peers
+        connected, chosen = len(self._network.connected_keys()), len(self._network.outbound_connections())
+        return connected >= wanted and 2 * chosen >= wanted
 
     def _next_candidate(self) -> bytes | None:
         """A source at random, then a peer at random from the subnets that we have the fewest connections to."""
@@ -269,8 +267,7 @@ class Discovery:
         )
 
     def _outbound_subnets(self) -> Counter[str]:
-        outbound = [each for each in self._connections(self._network.connected_keys()) if not each.inbound]
-        return Counter(subnet_of(connection.remote_host) for connection in outbound)
+        return Counter(subnet_of(connection.remote_host) for connection in self._network.outbound_connections())
 
     def _subnets(self, key: bytes) -> set[str]:
         return {subnet_of(_host(address)) for address in self._book.of(key)}

@@ -107,6 +107,7 @@ class Network(Swarm):
         self.dial_circuit: Callable[[bytes, CircuitAddress], Awaitable[Connection]] = _no_relays
         self.refused: Counter[str] = Counter()
         self._open: dict[bytes, list[Connection]] = {}
+        self._outbound: set[Connection] = set()
         self._joining: set[Connection] = set()
         self.open_streams = 0  # inbound ones, of all connections
         self.door = Door(limits)
@@ -126,6 +127,8 @@ class Network(Swarm):
 
     def register(self, connection: Connection) -> None:
         """A connection is ready for streams."""
+        if not connection.inbound:
+            self._outbound.add(connection)
         self._open.setdefault(connection.key, []).append(connection)
         self.connections.setdefault(connection.muxer.peer_id, []).append(connection)
         self.on_connected(connection)
@@ -136,6 +139,7 @@ class Network(Swarm):
         key, peer_id = swarm_conn.key, swarm_conn.muxer.peer_id
         if swarm_conn not in self._open.get(key, ()):
             return
+        self._outbound.discard(swarm_conn)
         self._open[key] = [c for c in self._open[key] if c is not swarm_conn]
         self.connections[peer_id] = [c for c in self.connections[peer_id] if c is not swarm_conn]
         if not self._open[key]:
@@ -179,6 +183,10 @@ class Network(Swarm):
         """All of them; with `joining` also those that are about to be."""
         found = [connection for entries in self._open.values() for connection in entries]
         return [*found, *(self._joining.difference(found))] if joining and self._joining else found
+
+    def outbound_connections(self) -> list[Connection]:
+        """Those that we dialed and go on with, at most one for each peer."""
+        return list({c.key: c for c in self._outbound if not c.retired}.values())
 
     def connections_with(self, key: bytes) -> list[Connection]:
         """All open connections with a peer, oldest first."""

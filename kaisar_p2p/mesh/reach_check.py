@@ -42,7 +42,8 @@ log = logging.getLogger(__name__)
 
 ASK_DEADLINE_S = 5.0
 _GATHER_S = 2.0  # before the first round, so that more than one peer can be asked
-_RETRY_S, _RETRY_MAX_S = 5.0, 120.0  # while nothing is known
+_RETRY_S, _RETRY_MAX_S = 5.0, 600.0  # while nothing is known, and nobody else comes who could tell
+_RETRY_WITH_OTHERS_S = 120.0
 _AGAIN_S = 60.0  # at the earliest, whatever a stranger does
 _LOOK_S = 30.0  # at our own addresses
 _OBSERVERS = 16  # peers asked how they see us
@@ -148,6 +149,8 @@ class ReachCheck:
         """A connection is new: it may tell how we are seen, or be the proof that others get through."""
         if connection.inbound:
             self._note_stranger(connection)
+        if self._is_unsure and self._checked_at is not None and self._next_round is not None:
+            self._next_round = min(self._next_round, max(trio.current_time(), self._checked_at + _RETRY_WITH_OTHERS_S))
         self._wake.set()
 
     def on_disconnected(self, connection: Connection) -> None:
@@ -339,9 +342,13 @@ class ReachCheck:
         sure = {*self._hosts, *self._observed.agreed(trio.current_time()), *(a.host for a in self._announced)}
         return sure | ({mapped.host} if mapped is not None else set())
 
+    @property
+    def _is_unsure(self) -> bool:
+        return self._verdicts.status == "unknown" or self._verdicts.is_contradicted
+
     def _plan(self) -> None:
         interval_s = self._network.limits.reach_check_s
-        if self._verdicts.status == "unknown" or self._verdicts.is_contradicted:
+        if self._is_unsure:
             delay_s = min(_RETRY_S * 2**self._retries, _RETRY_MAX_S, interval_s)
             self._retries = min(self._retries + 1, 16)
         else:
