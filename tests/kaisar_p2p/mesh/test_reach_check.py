@@ -106,6 +106,19 @@ async def test_a_node_that_others_dialed_asks_them(lab) -> None:
     await eventually(lambda: mesh.reachability().status == "public")
 
 
+async def test_who_is_unsure_asks_again_when_others_come(lab) -> None:
+    mesh, other = await lab.mesh(reach_check_s=1000.0, target_peers=0), await lab.mesh(reach_check_s=1000.0)
+    reach, now = mesh._reach, trio.current_time()
+    reach._checked_at, reach._next_round = now - 10, now + 500
+    other.keep_connected(mesh.key, mesh.addrs)
+    await eventually(lambda: reach._next_round < now + 500)
+    assert reach._next_round == reach._checked_at + 120  # not at once: whoever comes and goes does not decide how often
+    reach._checked_at = now - 200
+    third = await lab.mesh(reach_check_s=1000.0)
+    third.keep_connected(mesh.key, mesh.addrs)
+    await eventually(lambda: reach._checked_at > now)
+
+
 async def test_in_a_private_swarm_the_dial_back_has_the_key_too() -> None:
     config = MeshConfig(pre_shared_key=b"k" * 32, limits=replace(FAST, reach_check_s=0.2))
     async with open_mesh(config, os.urandom(32)) as mesh, open_mesh(config, os.urandom(32)) as other:
