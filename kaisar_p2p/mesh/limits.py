@@ -41,6 +41,7 @@ class MeshLimits:
     private_hello_s: float = 0.9  # dialing in a private swarm: the peer's nonce, and then its first bytes
     keepalive_s: float = 15.0  # of silence, then we ping; after 1.75 times that a connection is dead: within 30 s
     buffered_bytes: int = 24 * 1024 * 1024  # received on streams and not read yet, all peers; one may have a third
+    sending_bytes: int = 32 * 1024 * 1024  # written to streams and not taken by the system, all peers
     served_bytes: int = 64 * 1024 * 1024  # of requests and answers that served streams hold, all peers together
     outbound_frames: int = 512  # gossip messages waiting for one peer, the oldest of the least important give way
     outbound_bytes: int = 2 * 1024 * 1024

@@ -74,7 +74,7 @@ class MeshStream:
         if len(frame) > _LARGEST_FRAME:
             raise LimitExceeded(f"a frame of {len(frame)} bytes exceeds {_LARGEST_FRAME}", hint="send it in parts")
         with self._holding(len(frame)):
-            await self.send_some(len(frame).to_bytes(4, "big") + frame)
+            await self._send(frame, len(frame).to_bytes(4, "big"))  # a copy with both would take as much again
 
     async def receive_frame(self) -> bytes:
         """The next frame. Its announced length is checked before anything is kept."""
@@ -90,11 +90,14 @@ class MeshStream:
 
     async def send_some(self, data: bytes | bytearray | memoryview) -> None:
         """Send raw bytes, all of them; waits while the peer does not read."""
+        await self._send(data, b"")
+
+    async def _send(self, data: bytes | bytearray | memoryview, head: bytes) -> None:
         try:
-            await self._stream.write(data)
+            await self._stream.write(data, head=head)
         except MuxedStreamError:  # MuxedStreamReset is one
             raise RequestFailed("the stream is closed") from None
-        self.sent_bytes += len(data)
+        self.sent_bytes += len(head) + len(data)
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Some raw bytes; b"" when the peer has finished sending."""

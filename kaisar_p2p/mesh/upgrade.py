@@ -19,6 +19,7 @@ from kaisar_p2p.mesh.noise import PROTOCOL_ID as NOISE_ID
 from kaisar_p2p.mesh.noise import BufferedRaw, NoiseSession, NoiseTransport
 from kaisar_p2p.mesh.noise_handshake import HandshakeFailed
 from kaisar_p2p.mesh.yamux import Muxer
+from kaisar_p2p.mesh.yamux_outbox import SendingBytes
 from kaisar_p2p.mesh.yamux_stream import ReceivedBytes
 
 from libp2p.abc import IMuxedConn, IRawConnection, ISecureConn  # isort: skip
@@ -44,6 +45,7 @@ class Upgrader(TransportUpgrader):
     def __init__(self, key_pair: KeyPair, limits: MeshLimits, instead: dict[str, Instead]) -> None:
         super().__init__({}, {})
         self.received = ReceivedBytes(limits.buffered_bytes)
+        self.sending = SendingBytes(limits.sending_bytes)
         self.keeper = Keeper(limits.keepalive_s)
         self._noise = NoiseTransport(key_pair, (YAMUX_ID,))
         self._limits = limits
@@ -79,7 +81,9 @@ class Upgrader(TransportUpgrader):
                 await self._agree_on_muxer(conn)
         except (RequestFailed, HandshakeFailed, IOException) as error:
             raise MuxerUpgradeFailure(str(error)) from error
-        return Muxer(conn, peer_id, limits=self._limits, received=self.received, keeper=self.keeper)
+        return Muxer(
+            conn, peer_id, limits=self._limits, received=self.received, sending=self.sending, keeper=self.keeper
+        )
 
     async def _agree_on_muxer(self, session: NoiseSession) -> None:
         if session.is_initiator:

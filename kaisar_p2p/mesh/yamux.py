@@ -35,7 +35,7 @@ from kaisar_p2p.mesh.yamux_frames import (
     FrameParser,
     ProtocolViolation,
 )
-from kaisar_p2p.mesh.yamux_outbox import Outbox
+from kaisar_p2p.mesh.yamux_outbox import Outbox, SendingBytes
 from kaisar_p2p.mesh.yamux_stream import MuxedStream, ReceivedBytes
 
 from libp2p.abc import IMuxedConn  # isort: skip
@@ -68,6 +68,7 @@ class Muxer(IMuxedConn):
         *,
         limits: MeshLimits | None = None,
         received: ReceivedBytes | None = None,
+        sending: SendingBytes | None = None,
         keeper: Keeper | None = None,
     ) -> None:
         self.peer_id = peer_id
@@ -89,7 +90,8 @@ class Muxer(IMuxedConn):
         self._inbound = 0
         self._opens = TokenBucket(self._limits.opens_per_s, self._limits.opens_burst, 0.0)
         self._accepted: tuple[trio.MemorySendChannel[MuxedStream], trio.MemoryReceiveChannel[MuxedStream]] | None = None
-        self._outbox = Outbox()
+        self._sending = sending or SendingBytes(self._limits.sending_bytes)
+        self._outbox = Outbox(self._sending)
         self._parser = FrameParser(self)
         self._body_stream: MuxedStream | None = None
         self._body_flags = 0
@@ -153,11 +155,13 @@ class Muxer(IMuxedConn):
             async with trio.open_nursery() as nursery:
                 self._scope = nursery.cancel_scope
                 nursery.start_soon(self._end_with, self._write_loop)
+                self._sending.senders.add(self)
                 if self._keeper is not None:
                     self._keeper.add(self)
                 self.event_started.set()
                 await self._end_with(self._read_loop)
         finally:
+            self._sending.senders.discard(self)
             if self._keeper is not None:
                 self._keeper.discard(self)
             with trio.CancelScope(shield=True), trio.move_on_after(1):
@@ -261,6 +265,20 @@ class Muxer(IMuxedConn):
     def wake_when_uncrowded(self, stream: MuxedStream) -> None:
         """Let the stream's writer look again when less is queued."""
         self._outbox.waiting.add(stream)
+
+    @property
+    def held_bytes(self) -> int:
+        """Written to our streams and not taken by the system."""
+        return self._outbox.held_bytes
+
+    def stuck_s(self, now: float) -> float:
+        """For how long the system has not taken what we write."""
+        return 0.0 if self._liveness.write_began is None else now - self._liveness.write_began
+
+    def give_way(self) -> None:
+        """End: others need the memory."""
+        log.warning("connection with %s ends: it does not read, and too much waits to be sent", self.peer_id)
+        self.abort()
 
     async def _write_loop(self) -> None:
         outbox, session, liveness = self._outbox, self._session, self._liveness

@@ -8,28 +8,78 @@ https://datatracker.ietf.org/doc/html/rfc8290, chapter 4).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import trio
 
-from kaisar_p2p.mesh.noise import WRITE_BYTES
+from kaisar_p2p.mesh.noise import MAX_PLAINTEXT, WRITE_BYTES
 
 if TYPE_CHECKING:
     from kaisar_p2p.mesh.yamux_stream import MuxedStream
 
 CROWDED_BYTES = 1024 * 1024  # written to all streams and not sent
+FAIR_BYTES = 64 * 1024  # the same, of a connection that is left alone when all have too much
 CONTROL_BYTES = 64 * 1024  # control frames not sent: nothing more is read above this
 _TURN_BYTES = 64 * 1024
 _FIRST_TURN_BYTES = 16 * 1024
 _SMALLEST_BATCH = 16 * 1024
 _LARGEST_BATCH = WRITE_BYTES - 64  # a turn may exceed it by two headers
 _SLOW_S, _QUICK_S = 0.05, 0.01  # one write took so long: write less, or more, at once
+_STUCK_S = 2.0  # one write takes so long: that connection gives way when memory is short
+_RELIEVED_EVERY_S = 0.1
+
+
+class Sender(Protocol):
+    """A connection, as far as it makes us hold what it does not take."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Queued, and on the way to the system."""
+
+    def stuck_s(self, now: float) -> float:
+        """For how long the system has not taken what we write."""
+
+    def give_way(self) -> None:
+        """End: others need the memory."""
+
+
+class SendingBytes:
+    """Bytes written to streams and not taken by the system, of all connections of a node together.
+
+    Above `most`, a connection may queue `FAIR_BYTES` and writes little at once, and those that hold the most and
+    have not moved for `_STUCK_S` end.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.held = 0
+        self.senders: set[Sender] = set()
+        self._most = most
+        self._relieved = 0.0
+
+    @property
+    def too_many(self) -> bool:
+        """More than the node wants to hold."""
+        return self.held > self._most
+
+    def relieve(self, now: float) -> None:
+        """End as many stuck connections as it takes."""
+        if now < self._relieved + _RELIEVED_EVERY_S:
+            return
+        self._relieved, left = now, self.held
+        stuck = [each for each in self.senders if each.held_bytes > FAIR_BYTES and each.stuck_s(now) > _STUCK_S]
+        for each in sorted(stuck, key=lambda one: one.held_bytes, reverse=True):
+            if left <= self._most:
+                return
+            left -= each.held_bytes
+            each.give_way()
 
 
 class Outbox:
     """The queue of the writer task."""
 
-    def __init__(self) -> None:
+    def __init__(self, everywhere: SendingBytes) -> None:
+        self._everywhere = everywhere
+        self._on_way = 0  # bytes that what is being written takes
         self.waiting: set[MuxedStream] = set()  # whose writers wait until there is room
         self.unflushed = False
         self.answering = False
@@ -90,6 +140,10 @@ class Outbox:
         if self._closed:
             return
         self._data_bytes += size
+        everywhere = self._everywhere
+        everywhere.held += size
+        if everywhere.too_many:
+            everywhere.relieve(trio.current_time())
         if not stream.scheduled:
             stream.scheduled = True
             self._newcomers.append(stream)
@@ -97,7 +151,9 @@ class Outbox:
 
     def remove(self, size: int) -> None:
         """A stream dropped what it had to send."""
-        self._data_bytes -= size
+        if not self._closed:
+            self._data_bytes -= size
+            self._everywhere.held -= size
 
     def _wake(self) -> None:
         if self._filled is not None:
@@ -112,7 +168,12 @@ class Outbox:
     @property
     def crowded(self) -> bool:
         """So much is queued that streams with something queued have to wait."""
-        return self._data_bytes > CROWDED_BYTES
+        return self._data_bytes > (FAIR_BYTES if self._everywhere.too_many else CROWDED_BYTES)
+
+    @property
+    def held_bytes(self) -> int:
+        """Queued data, and what is on the way to the system."""
+        return self._data_bytes + self._on_way
 
     @property
     def control_congested(self) -> bool:
@@ -150,6 +211,8 @@ class Outbox:
             data = self.take()
             if data:
                 self._writing = True
+                self._on_way = len(data) if len(data) <= MAX_PLAINTEXT else 2 * len(data)  # and its ciphertext
+                self._everywhere.held += self._on_way
                 return data
             self._wake_waiting()  # all that was scheduled has been reset
 
@@ -167,13 +230,16 @@ class Outbox:
 
     def _take_turns(self, batch: list[bytes | memoryview], size: int) -> None:
         newcomers, others = self._newcomers, self._others
-        while size < self._batch_bytes and (newcomers or others):
+        batch_bytes = _SMALLEST_BATCH if self._everywhere.too_many else self._batch_bytes
+        while size < batch_bytes and (newcomers or others):
             alone = len(newcomers) + len(others) == 1
-            most = min(_FIRST_TURN_BYTES if newcomers and not alone else _TURN_BYTES, self._batch_bytes - size)
+            most = min(_FIRST_TURN_BYTES if newcomers and not alone else _TURN_BYTES, batch_bytes - size)
             stream = (newcomers or others).pop(0)
             before = stream.outgoing_bytes
             size += stream.take_outgoing(batch, most)
-            self._data_bytes -= before - stream.outgoing_bytes
+            taken = before - stream.outgoing_bytes
+            self._data_bytes -= taken
+            self._everywhere.held -= taken
             if stream.has_outgoing:
                 others.append(stream)
             else:
@@ -182,6 +248,8 @@ class Outbox:
     def sent(self, size: int, took_s: float) -> None:
         """A batch has been handed to the system."""
         self._writing = False
+        self._everywhere.held -= self._on_way
+        self._on_way = 0
         if took_s > _SLOW_S:
             self._batch_bytes = max(_SMALLEST_BATCH, self._batch_bytes // 2)
         elif took_s < _QUICK_S and size >= self._batch_bytes:
@@ -198,7 +266,10 @@ class Outbox:
 
     def close(self) -> None:
         """The connection is over: nothing will be sent."""
-        self._closed = True
+        if not self._closed:
+            self._closed = True
+            self._everywhere.held -= self.held_bytes
+            self._data_bytes = self._on_way = 0
         self._control.clear()
         self._newcomers.clear()
         self._others.clear()

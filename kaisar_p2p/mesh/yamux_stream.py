@@ -158,32 +158,36 @@ class MuxedStream(IMuxedStream):
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
-    async def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Send all of `data`; raises MuxedStreamError when the stream is over.
+    async def write(self, data: bytes | bytearray | memoryview, *, head: bytes = b"") -> None:
+        """Send `head` and all of `data`; raises MuxedStreamError when the stream is over.
 
         Returns when it is queued, and waits while the peer's window or our queue is full: what is written meanwhile
         leaves in one frame.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        size = len(data)
+        size = len(head) + len(data)
         if 0 < size <= min(self._allowance, self._room()) and not self._closed and not self._write_lock.locked():
-            self._queue(bytes(data))
+            self._queue(head + bytes(data))
             if not len(self._outgoing) % _WRITES_IN_A_ROW:
                 await trio.lowlevel.checkpoint()
         else:
-            await self._write_in_parts(memoryview(bytes(data)))
+            await self._write_in_parts(memoryview(head), memoryview(bytes(data)))
 
-    async def _write_in_parts(self, view: memoryview) -> None:
+    async def _write_in_parts(self, *views: memoryview) -> None:
         async with self._write_lock:
-            while view:
-                self._check_writable()
-                size = min(self._allowance, self._room(), FRAME_BYTES, len(view))
-                if size <= 0:
-                    await self._wait_until_writable()
-                    continue
-                self._queue(view[:size])
-                view = view[size:]
+            for view in views:
+                await self._write_view(view)
             self._check_writable()
+
+    async def _write_view(self, view: memoryview) -> None:
+        while view:
+            self._check_writable()
+            size = min(self._allowance, self._room(), FRAME_BYTES, len(view))
+            if size <= 0:
+                await self._wait_until_writable()
+                continue
+            self._queue(view[:size])
+            view = view[size:]
 
     def write_nowait(self, data: bytes) -> bool:
         """Send all of `data` if that needs no waiting; False, and nothing sent, otherwise."""
