@@ -42,6 +42,7 @@ def network_view(node: Node) -> dict[str, Any]:
             "in": sum(peer.inbound for peer in peers),
             "out": sum(not peer.inbound for peer in peers),
             "relayed": sum(peer.relayed for peer in peers),
+            "unreached": list(report.unreached),
         },
         "banned": report.banned,
         "key_conflict": report.key_conflict,

@@ -8,6 +8,7 @@ source (`address_book`). How a peer is found by its key: `rendezvous`.
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import logging
 import math
 import random
@@ -38,6 +39,7 @@ _DRAWN = 64  # candidates that are compared
 _COMPLAINT_S = 600.0
 _ALONE_AFTER = 6  # failures: some ten seconds
 _FOREIGN_S = 300.0
+_REPORTED = 8
 _FOREIGN_PEERS = 1024
 _GOODBYE_S = 0.5
 
@@ -72,6 +74,7 @@ class _Attempts:
     backoff: Backoff
     next_at: float = 0.0
     complained_at: float | None = None
+    failed: PeerUnreachable | None = None  # how the latest one ended
 
 
 def subnet_of(host: str) -> str:
@@ -154,14 +157,21 @@ class Discovery:
                     connection = await self.connect(key)
                 except PeerUnreachable as error:
                     delay_s = _FOREIGN_S if self.is_foreign(key) else attempts.backoff.next_s()
+                    attempts.failed = error
                     self._complain(key, attempts, error)
                     await self.pause(delay_s)
                     continue
-            attempts.complained_at = None
+            attempts.complained_at = attempts.failed = None
             await connection.event_closed.wait()
             if trio.current_time() - connection.since > _REDIAL_MAX_S:
                 attempts.backoff.reset()
             await self.pause(attempts.backoff.next_s())
+
+    def unreached(self) -> tuple[str, ...]:
+        """Why peers that a person named are not connected: a sentence each, a few at most."""
+        named = (key for key, asked_for in self._kept.items() if asked_for)
+        failed = (attempts.failed for key in named if (attempts := self._attempts.get(key)) is not None)
+        return tuple(error.message for error in itertools.islice(filter(None, failed), _REPORTED))
 
     def _complain(self, key: bytes, attempts: _Attempts, error: PeerUnreachable) -> None:
         """The first failure and then every ten minutes, where somebody can do something about it."""

@@ -289,6 +289,7 @@ class Mesh:
             on_lan=self._lan is not None,
             banned=self._reputation.banned(trio.current_time()),
             key_conflict=self.key_conflict(),
+            unreached=self._discovery.unreached(),
         )
 
     def relay_statistics(self) -> RelayStatistics:

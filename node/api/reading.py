@@ -92,9 +92,10 @@ class Reading:
                     "roles": views.peer_roles(state, peer.key),
                     "addresses": list(peer.addresses),
                     "direction": "in" if peer.inbound else "out",
+                    "relayed": peer.relayed,
                     "connected_s": int(now - peer.connected_since),
                     "rtt_ms": None if peer.rtt_s is None else round(peer.rtt_s * 1000, 3),
-                    "score": peer.score,
+                    "score": peer.score + 0.0,  # never -0.0
                 }
                 for peer in sorted(self._node.mesh.peers(), key=lambda peer: peer.key)
             ]

@@ -27,10 +27,14 @@ class Refused(KaisarError):
     """The node, or the ledger, refused what was asked, and says why."""
 
 
+class NodeSilent(NodeUnavailable):
+    """A node runs, and does not answer: it is stopped, or has far too much to do."""
+
+
 class NodeClient:
     """Requests to the node that runs on a data directory. NodeUnavailable when none does; Refused with its reason."""
 
-    def __init__(self, data_directory: Path) -> None:
+    def __init__(self, data_directory: Path, *, answer_s: float = ANSWER_TIMEOUT_S) -> None:
         import httpx
 
         self._directory = data_directory
@@ -38,7 +42,7 @@ class NodeClient:
         self._http = httpx.Client(
             base_url=address.url,
             headers={"Authorization": f"Bearer {address.token}"},
-            timeout=httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
+            timeout=httpx.Timeout(answer_s, connect=CONNECT_TIMEOUT_S),
             trust_env=False,  # no proxy stands between us and ourselves
         )
 
@@ -99,7 +103,9 @@ class NodeClient:
         except httpx.ConnectError:
             raise no_node(self._directory) from None
         except httpx.TimeoutException:
-            raise NodeUnavailable("the node does not answer in time", hint="look at its log") from None
+            raise NodeSilent(
+                "the node does not answer in time", hint="look at its log, and whether its process is stopped"
+            ) from None
         except httpx.HTTPError as error:
             raise NodeUnavailable(
                 f"the connection to the node broke: {error}", hint="it may have been stopped; look at its log"

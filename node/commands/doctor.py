@@ -8,12 +8,13 @@ from pathlib import Path
 import typer
 
 from kaisar_p2p.errors import KaisarError, NodeUnavailable
-from node.commands.client import NodeClient
+from node.commands.client import NodeClient, NodeSilent
 from node.commands.options import AsJson, DataDir, data_directory
 from node.commands.output import FAILED, printable, say, show_json
 from node.config import Config
 from node.diagnosis.finding import Finding, Findings
 
+_ANSWER_S = 10.0  # both questions are answered from memory
 _COLOURS = {"ok": "\x1b[32m", "warn": "\x1b[33m", "fail": "\x1b[31m"}
 
 
@@ -65,8 +66,11 @@ def _examine_node(findings: Findings, directory: Path, config: Config) -> bool:
     from node.diagnosis import network as checks
 
     try:
-        with NodeClient(directory) as node:
+        with NodeClient(directory, answer_s=_ANSWER_S) as node:
             status, network = node.get("/v1/status"), node.get("/v1/network")
+    except NodeSilent as error:
+        findings.fail("node", error.message, error.hint)
+        return True
     except NodeUnavailable as error:
         findings.warn("node", error.message, error.hint)
         return False

@@ -62,6 +62,7 @@ def peers(data_dir: DataDir = None, as_json: AsJson = False) -> None:
         ("peer", brief("key")),
         ("roles", "roles"),
         ("direction", "direction"),
+        ("path", lambda row: "relay" if row["relayed"] else "direct"),
         ("connected", lambda row: duration(row["connected_s"])),
         ("rtt", lambda row: "-" if row["rtt_ms"] is None else f"{row['rtt_ms']:.1f} ms"),
         ("address", lambda row: row["addresses"][:1]),

@@ -10,6 +10,7 @@ from node.diagnosis.finding import Findings
 Answer = Mapping[str, Any]
 
 WARNED_SKEW_S, WRONG_SKEW_S = 10.0, 60.0
+_JOIN_HINT = "do the addresses that were named answer, with the same swarm key, and does a firewall let TCP out?"
 _LIMIT_OF = {
     "connections": "connections",
     "address": "connections_per_address",
@@ -23,15 +24,16 @@ _LIMIT_OF = {
 def check_peers(findings: Findings, network: Answer, *, expected: bool) -> None:
     """Whether the node knows anybody; `expected`: it was told whom to meet."""
     peers = network["peers"]
+    unreached = "; ".join(peers["unreached"])
     if peers["connected"]:
         relayed = f", {peers['relayed']} over relays" if peers["relayed"] else ""
-        findings.ok("peers", f"{peers['connected']} connected: {peers['in']} in, {peers['out']} out{relayed}")
-    elif expected:
-        findings.fail(
-            "peers",
-            "connected with nobody",
-            "do the addresses in network.join answer, with the same swarm key, and does a firewall let TCP out?",
-        )
+        text = f"{peers['connected']} connected: {peers['in']} in, {peers['out']} out{relayed}"
+        if unreached:
+            findings.warn("peers", f"{text}; {unreached}", _JOIN_HINT)
+        else:
+            findings.ok("peers", text)
+    elif expected or unreached:
+        findings.fail("peers", "connected with nobody" + (f"; {unreached}" if unreached else ""), _JOIN_HINT)
     else:
         findings.warn("peers", "connected with nobody", "name a peer in network.join, or `kaisar run --join`")
 
@@ -132,6 +134,9 @@ def check_key(findings: Findings, network: Answer) -> None:
 
 def check_limits(findings: Findings, network: Answer) -> None:
     """What gave way: refused connections, dropped messages, banned peers."""
+    if network["private"]:
+        strangers = network["refused"].get("pre-shared key", 0)
+        findings.ok("swarm key", f"{strangers} connections had another one or none, and were refused")
     findings.ok("banned", f"{network['banned']} peers and addresses, for misbehaviour")
     dropped = {one["where"]: 0 for one in network["drops"]}
     for one in network["drops"]:

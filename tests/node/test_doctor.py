@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from kaisar_p2p.mesh import Reachability
+from node.api.address import ApiAddress, write_address
 from node.commands import doctor as doctor_module
 from node.config import Config
 from node.diagnosis import machine
@@ -207,11 +209,42 @@ def test_limits_that_were_hit_and_drops_are_named(served: Any, beside: Invoke) -
 
 
 def test_a_node_without_peers_fails_only_when_it_was_told_whom_to_meet(served: Any, beside: Invoke) -> None:
-    answer = {"peers": {"connected": 0, "in": 0, "out": 0, "relayed": 0}}
+    answer = {"peers": {"connected": 0, "in": 0, "out": 0, "relayed": 0, "unreached": []}}
     findings = Findings()
     checks.check_peers(findings, answer, expected=False)
     checks.check_peers(findings, answer, expected=True)
     assert [finding.grade for finding in findings] == ["warn", "fail"]
+
+
+@pytest.mark.parametrize(("connected", "grade"), [(0, "fail"), (2, "warn")])
+def test_why_a_named_peer_is_not_reached_is_told(connected: int, grade: str) -> None:
+    why = "peer abc cannot be reached at /ip4/192.0.2.1/tcp/4001: perhaps because it has another pre-shared key"
+    answer = {"peers": {"connected": connected, "in": 0, "out": connected, "relayed": 0, "unreached": [why]}}
+    findings = Findings()
+    checks.check_peers(findings, answer, expected=False)
+    assert (findings[0].grade, why in findings[0].text, "swarm key" in findings[0].hint) == (grade, True, True)
+
+
+def test_a_private_swarm_tells_who_was_refused(served: Any, beside: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    served.node.mesh.statistics().refused = {"pre-shared key": 4}
+    assert "swarm key" not in by_check(beside("doctor", "--json").out)
+    monkeypatch.setattr(served.node.mesh.config, "pre_shared_key", bytes(32))
+    found = by_check(beside("doctor", "--json").out)["swarm key"]
+    assert found["text"] == "4 connections had another one or none, and were refused"
+
+
+def test_a_node_that_is_stopped_is_a_failure_within_seconds(
+    tmp_path: Path, made: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KAISAR_PROVIDER_RUNTIME", "process")
+    monkeypatch.setattr(doctor_module, "_ANSWER_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        write_address(tmp_path / "home", ApiAddress(f"http://127.0.0.1:{port}", "token", os.getpid()))
+        result = made("doctor", "--json")
+    found = by_check(result.out)
+    assert (result.code, found["node"]["grade"], "port" in found) == (1, "fail", False)
+    assert "stopped" in found["node"]["hint"]
 
 
 def test_a_node_that_refuses_is_a_failure(beside: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:

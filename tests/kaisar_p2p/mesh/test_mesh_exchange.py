@@ -256,6 +256,8 @@ async def test_a_peer_that_was_asked_for_and_cannot_be_reached_is_told_once(lab,
     warnings = [each for each in caplog.messages if key.hex()[:12] in each]
     assert len(warnings) == 1
     assert "refused" in warnings[0]
+    [why] = node.report().unreached
+    assert why in warnings[0]
 
 
 async def test_a_bootstrap_that_is_gone_matters_to_who_is_alone(lab, caplog) -> None:
