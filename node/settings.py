@@ -176,7 +176,7 @@ def table() -> Kind:
         if not isinstance(value, dict) or len(value) > MAX_LIST_ITEMS:
             raise ValueError(expected)
         for name, number in value.items():
-            if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= 1 << 50:
+            if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) <= 1 << 50:
                 raise ValueError(f"{expected}; {name:.40} is {number!r:.40}")
         return Table(tuple(sorted(value.items())))
 
@@ -187,7 +187,7 @@ def table() -> Kind:
 
 
 def _named_number(text: str, expected: str) -> tuple[str, int | float]:
-    found = re.fullmatch(r"([a-z_]{1,60})\s*=\s*([0-9]{1,15})(\.[0-9]{1,9})?", text)
+    found = re.fullmatch(r"([a-z_]{1,60})\s*=\s*(-?[0-9]{1,15})(\.[0-9]{1,9})?", text)
     if found is None:
         raise ValueError(f"{expected}, such as connections=300,dial_s=2.5")
     return found[1], float(found[2] + found[3]) if found[3] else int(found[2])
@@ -229,10 +229,9 @@ def listen_multiaddr() -> Kind:
 
 def announced_multiaddr() -> Kind:
     """An address of ours to tell others."""
-    pattern = re.compile(r"/(?:ip4|ip6|dns4|dns6|dns)/[^/\s]{1,120}/tcp/[0-9]{1,5}")
     return text(
         'a multiaddr to announce, such as "/ip4/203.0.113.7/tcp/4001" or "/dns4/node.example.org/tcp/4001"',
-        lambda value: pattern.fullmatch(value) is not None,
+        _is_announced_multiaddr,
     )
 
 
@@ -253,6 +252,17 @@ def _is_listen_multiaddr(value: str) -> bool:
         return ipaddress.ip_address(matched[2]).version == (4 if matched[1] == "ip4" else 6)
     except ValueError:
         return False
+
+
+def _is_announced_multiaddr(value: str) -> bool:
+    named = re.fullmatch(r"/dns[46]?/[A-Za-z0-9._-]{1,120}/tcp/([0-9]{1,5})", value)
+    if named is not None:
+        port = int(named[1])
+    elif "/tcp/" in value and _is_listen_multiaddr(value):
+        port = int(value.rpartition("/")[2])
+    else:
+        return False
+    return 0 < port <= 65535
 
 
 def _integer_of(raw: str, expected: str) -> int:

@@ -140,9 +140,9 @@ def _key_in(parts: list[str]) -> bytes | None:
 
 
 def peer_of(multiaddr: str) -> tuple[bytes, str]:
-    """Machine key and address in ``/ip4/…/tcp/…/p2p/<id>``, as a user writes it; raises ConfigError."""
+    """Machine key and address that a user wrote: ``/ip4/…/tcp/…/p2p/<id>``, or behind a relay; raises ConfigError."""
     try:
-        address, key = parse(multiaddr)
+        address, key = parse_any(multiaddr)
     except ValueError as error:
         raise ConfigError(
             f"{multiaddr!r} is not a peer's address: {error}", hint="/ip4/<address>/tcp/<port>/p2p/<id>"

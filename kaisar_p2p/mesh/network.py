@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import socket
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
@@ -474,6 +475,8 @@ def _cause(error: BaseException) -> str:
         return error.message
     if isinstance(error, trio.TooSlowError):
         return "no answer in time"
+    if isinstance(error, socket.gaierror):  # its numbers are not the system's
+        return f"the name is not known: {error.strerror}"
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
     return f"{type(error).__name__} {error}".strip()

@@ -78,6 +78,7 @@ def test_a_table_is_written_as_it_is_read(tmp_path: Path) -> None:
         ("[network.limits]\nzzz = 3", "there is no limit 'zzz'", "docs/mesh.md lists them"),
         ("[network.limits]\nconnections = 0", "connections must be a whole number of at least 1", "it is 0"),
         ("[network.limits]\nconnections = 2.5", "connections must be a whole number", "it is 2.5"),
+        ("[network.limits]\nconnections = -3", "connections must be a whole number of at least 1", "it is -3"),
         ("[network.limits]\ndial_s = 0", "dial_s must be a number of at least 0.001", "it is 0"),
     ],
 )
@@ -94,13 +95,15 @@ def test_a_limit_that_cannot_be_is_refused(tmp_path: Path, text: str, cause: str
         "limits = 3",
         "limits = { dial_s = 'long' }",
         "limits = { dial_s = true }",
-        "limits = { dial_s = -1 }",
         "limits = { dial_s = nan }",
         "limits = { dial_s = inf }",
         "upnp = 'perhaps'",
         "relay = 1",
         "announce = ['/ip4/1.2.3.4']",
         "announce = ['/ip4/1.2.3.4/udp/1']",
+        "announce = ['/ip4/1.2.3.4/tcp/99999']",
+        "announce = ['/ip4/1.2.3.4/tcp/0']",
+        "announce = ['/ip4/1.2.3.400/tcp/1']",
         "pre_shared_key_file = 3",
     ],
 )
@@ -109,7 +112,7 @@ def test_a_value_of_the_wrong_kind_names_the_key(tmp_path: Path, text: str) -> N
         load(tmp_path, f"[network]\n{text}")
 
 
-@pytest.mark.parametrize("raw", ["connections", "connections=", "=3", "connections=-3", "a b=3", "connections=1e9"])
+@pytest.mark.parametrize("raw", ["connections", "connections=", "=3", "a b=3", "connections=1e9"])
 def test_a_variable_with_a_broken_table_is_refused(tmp_path: Path, raw: str) -> None:
     with pytest.raises(ConfigError, match="KAISAR_NETWORK_LIMITS must be"):
         load_config(tmp_path, {"KAISAR_NETWORK_LIMITS": raw})

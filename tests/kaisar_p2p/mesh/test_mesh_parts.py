@@ -48,7 +48,9 @@ def test_addresses_name_their_peer() -> None:
     key = bytes(SigningKey.generate().verify_key)
     text = with_peer(Address("ip4", "1.2.3.4", 4001), key)
     assert peer_of(text) == (key, "/ip4/1.2.3.4/tcp/4001")
-    for bad in ("", "1.2.3.4:4001", "/ip4/1.2.3.4/tcp/4001"):
+    relay = f"{text}/p2p-circuit"
+    assert peer_of(f"{relay}/p2p/{text.rpartition('/')[2]}") == (key, relay)
+    for bad in ("", "1.2.3.4:4001", "/ip4/1.2.3.4/tcp/4001", relay):
         with pytest.raises(ConfigError):
             peer_of(bad)
 

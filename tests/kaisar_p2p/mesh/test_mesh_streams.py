@@ -58,6 +58,18 @@ async def test_why_a_peer_is_unreachable_is_told_in_plain_words(lab) -> None:
     assert caught.value.message.endswith(f"/ip4/127.0.0.1/tcp/{port}: Connection refused")
 
 
+async def test_a_name_that_nobody_has_is_told_in_plain_words(lab, monkeypatch) -> None:
+    async def unknown(*_arguments: object, **_options: object) -> object:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    a = await lab.mesh()
+    monkeypatch.setattr(trio.socket, "getaddrinfo", unknown)
+    a.add_addresses(bytes(range(32)), ["/dns4/node.invalid/tcp/4001"])
+    with pytest.raises(PeerUnreachable) as caught:
+        await a.request(bytes(range(32)), "/echo", b"", deadline_s=5, max_reply_bytes=10)
+    assert caught.value.message.endswith("/tcp/4001: the name is not known: Name or service not known")
+
+
 async def test_somebody_elses_address_does_not_pass_for_the_peer(lab) -> None:
     a, b, c = [await lab.mesh() for _ in range(3)]
     a.add_addresses(c.key, [b.addrs[0].split("/p2p/")[0]])  # where b listens
