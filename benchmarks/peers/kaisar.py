@@ -155,7 +155,7 @@ async def open_peer(config: PeerConfig) -> AsyncIterator[KaisarPeer]:
         for address in config.listen:
             if address.endswith(CIRCUIT):
                 relay = address.removesuffix(CIRCUIT)
-                mesh.keep_connected(peer_of(relay)[0], [relay])
+                mesh.keep_connected(peer_of(relay)[0], [relay], asked_for=True)
                 mesh._relaying.client.want(True)
         yield KaisarPeer(mesh, tasks)
         tasks.cancel_scope.cancel()
