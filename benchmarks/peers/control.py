@@ -19,7 +19,9 @@ def config_of_command_line() -> PeerConfig:
     given: dict[str, Any] = json.loads(sys.argv[1])
     for name in ("seed", "pre_shared_key"):
         given[name] = bytes.fromhex(given[name]) if given[name] else None
-    return PeerConfig(**{**given, "listen": tuple(given["listen"])})
+    for name in ("listen", "announce"):
+        given[name] = tuple(given[name])
+    return PeerConfig(**given)
 
 
 def _say(message: dict[str, Any]) -> None:

@@ -63,13 +63,14 @@ def digest_of(size: int) -> str:
 class PeerConfig:
     """How a peer is started. Not every implementation knows every setting; it ignores the others.
 
-    `seed` (32 bytes) is that of its key; `relay_server` offers circuit relay v2, `relay_client` can dial and listen
-    through relays (``<relay's address>/p2p-circuit`` in `listen`); `gossipsub` are options in the implementation's own
-    words, `limits` those of this project's mesh that differ.
+    `seed` (32 bytes) is that of its key; `announce` replaces the addresses that it tells; `relay_server` offers circuit
+    relay v2, `relay_client` can dial and listen through relays (``<relay's address>/p2p-circuit`` in `listen`);
+    `gossipsub` are options in the implementation's own words, `limits` those of this project's mesh that differ.
     """
 
     seed: bytes | None = None
     listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
+    announce: tuple[str, ...] = ()
     pre_shared_key: bytes | None = None
     relay_server: bool = False
     relay_client: bool = False

@@ -110,9 +110,12 @@ async def _peer(name: str, command: Sequence[str], config: PeerConfig) -> AsyncI
             nursery.cancel_scope.cancel()
 
 
-def js_peer(config: PeerConfig | None = None) -> Any:
-    """``async with js_peer() as peer``: js-libp2p. Raises install.Unavailable and PeerFailed."""
-    return _peer("js-libp2p", install.js(), config or PeerConfig())
+def js_peer(config: PeerConfig | None = None, *, through: Sequence[str] = ()) -> Any:
+    """``async with js_peer() as peer``: js-libp2p. Raises install.Unavailable and PeerFailed.
+
+    `through` is a command that starts the one behind it.
+    """
+    return _peer("js-libp2p", [*through, *install.js()], config or PeerConfig())
 
 
 def stock_peer(config: PeerConfig | None = None) -> Any:

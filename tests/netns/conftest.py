@@ -1,7 +1,8 @@
 """A small internet of network namespaces: hosts with public addresses, and homes behind NATs of two kinds.
 
-Every place hangs on one router by a cable of its own, in a network of its own with globally routable looking
-addresses; nothing leaves the namespaces. Needs root, iproute2 and iptables; skipped with the reason otherwise.
+Every place hangs on one router by a cable or a slow line of its own, in a network of its own with globally routable
+looking addresses; nothing leaves the namespaces, and what rules the machine has for its own traffic does not matter.
+Needs root, iproute2 and iptables; skipped with the reason otherwise.
 """
 
 from __future__ import annotations
@@ -11,49 +12,27 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pytest
 import trio
 
+from tests.netns import namespaces
+
 PORT = 4001
-_PROCESS = Path(__file__).with_name("mesh_process.py")
+ROOT = Path(__file__).resolve().parents[2]
 _NETWORKS = ("45.81.7", "5.42.13", "62.109.21", "81.17.30", "91.60.44", "178.33.50", "193.5.60", "31.7.70")
-_numbers = itertools.count()
+_LIMITS = {"dial_s": 2.0}  # a NAT that says nothing is found out sooner
+_insides = itertools.count()
 
 Nat = Literal["keeps-ports", "random-ports"]
-
-
-def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, timeout=30)
-
-
-def _inside(namespace: str, *command: str) -> None:
-    _run("ip", "netns", "exec", namespace, *command)
-
-
-def _iptables() -> str | None:
-    """A working iptables: which of the two backends the kernel has differs."""
-    for name in ("iptables", "iptables-legacy", "iptables-nft"):
-        if shutil.which(name) is None:
-            continue
-        probe = f"kp{os.getpid()}-{next(_numbers)}"
-        try:
-            _run("ip", "netns", "add", probe)
-            _inside(probe, name, "-t", "nat", "-A", "POSTROUTING", "-o", "w", "-p", "tcp", "-j", "MASQUERADE")
-            _inside(probe, name, "-A", "FORWARD", "-m", "conntrack", "--ctstate", "ESTABLISHED", "-j", "ACCEPT")
-        except subprocess.CalledProcessError:
-            continue
-        else:
-            return name
-        finally:
-            subprocess.run(("ip", "netns", "del", probe), check=False, capture_output=True)
-    return None
+T = TypeVar("T")
 
 
 @pytest.fixture(scope="session")
@@ -65,19 +44,46 @@ def iptables() -> str:
         pytest.skip("network namespaces need root")
     if shutil.which("ip") is None:
         pytest.skip("`ip` is not installed (package iproute2)")
-    name = _iptables()
+    namespaces.remove_leftovers()
+    name = namespaces.working_iptables()
     if name is None:
         pytest.skip("no namespace with NAT can be made: iptables is not installed, or the kernel lacks it")
     return name
 
 
+@pytest.fixture(scope="session")
+def fork_server(iptables: str) -> Iterator[socket.socket]:
+    """Where meshes are ordered; see `mesh_process`."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        process = subprocess.Popen((sys.executable, "-m", "tests.netns.mesh_process"), stdin=theirs, cwd=ROOT)
+        yield ours
+    process.wait(10)
+
+
+async def together(*waits: Awaitable[T]) -> list[T]:
+    """The results of several coroutines that run at the same time."""
+    results: dict[int, T] = {}
+
+    async def note(number: int, wait: Awaitable[T]) -> None:
+        results[number] = await wait
+
+    async with trio.open_nursery() as nursery:
+        for number, wait in enumerate(waits):
+            nursery.start_soon(note, number, wait)
+    return [results[number] for number in range(len(waits))]
+
+
 class Subject:
     """A mesh in a process of its own, somewhere in the lab."""
 
-    def __init__(self, process: trio.Process, host: str) -> None:
+    def __init__(self, talk: trio.SocketStream, host: str) -> None:
         self.host = host
+        self.line: Line | None = None
         self.key = ""
-        self._process = process
+        self._pid = 0
+        self._talk = talk
+        self._sending = trio.Lock()
         self._answers: dict[int, dict[str, Any]] = {}
         self._arrived = trio.Condition()
         self._ids = itertools.count(1)
@@ -85,22 +91,22 @@ class Subject:
     async def read(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Collect the answers, until the process ends."""
         buffered = b""
-        assert self._process.stdout is not None
-        async for data in self._process.stdout:
-            *lines, buffered = (buffered + data).split(b"\n")
-            async with self._arrived:
-                for answer in map(json.loads, lines):
-                    self._answers[answer["id"]] = answer
-                    if answer["id"] == 0:
-                        self.key = answer["key"]
-                        task_status.started()
-                self._arrived.notify_all()
+        with suppress(trio.BrokenResourceError):
+            async for data in self._talk:
+                *lines, buffered = (buffered + data).split(b"\n")
+                async with self._arrived:
+                    for answer in map(json.loads, lines):
+                        self._answers[answer["id"]] = answer
+                        if answer["id"] == 0:
+                            self.key, self._pid = answer["key"], answer["pid"]
+                            task_status.started()
+                    self._arrived.notify_all()
 
     async def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """Give a command and wait for what it answers."""
         number = next(self._ids)
-        assert self._process.stdin is not None
-        await self._process.stdin.send_all(json.dumps({"id": number, "do": do, **arguments}).encode() + b"\n")
+        async with self._sending:
+            await self._talk.send_all(json.dumps({"id": number, "do": do, **arguments}).encode() + b"\n")
         with trio.fail_after(60):
             async with self._arrived:
                 while number not in self._answers:
@@ -129,74 +135,146 @@ class Subject:
 
     def kill(self) -> None:
         """End the process without a goodbye."""
-        self._process.send_signal(signal.SIGKILL)
+        if self._pid:
+            os.kill(self._pid, signal.SIGKILL)
+            self._pid = 0
+
+    async def end(self) -> None:
+        """Let the process end."""
+        await trio.aclose_forcefully(self._talk)
+
+
+class Line:
+    """A slow line; it tells who begins TCP connections from inside."""
+
+    def __init__(self, process: trio.Process) -> None:
+        self._process = process
+        self.dials: list[tuple[float, str, str]] = []  # when, from, to
+
+    def dialed(self, host: str) -> float:
+        """When the last connection with a host was begun."""
+        return max(when for when, _, to in self.dials if to == host)
+
+    async def read(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Collect what it tells, until the process ends."""
+        buffered = b""
+        assert self._process.stdout is not None
+        async for data in self._process.stdout:
+            *lines, buffered = (buffered + data).split(b"\n")
+            for line in lines:
+                if line == b"ready":
+                    task_status.started()
+                    continue
+                when, source, target = line.decode().split()
+                self.dials.append((float(when), source, target))
 
 
 class Internet:
     """Makes places and starts meshes in them."""
 
-    def __init__(self, nursery: trio.Nursery, stack: AsyncExitStack, iptables: str) -> None:
-        self._nursery, self._stack, self._iptables = nursery, stack, iptables
+    def __init__(self, nursery: trio.Nursery, stack: AsyncExitStack, iptables: str, fork_server: socket.socket) -> None:
+        self._nursery, self._stack, self._iptables, self._fork_server = nursery, stack, iptables, fork_server
         self._networks = iter(_NETWORKS)
         self._cables: dict[str, str] = {}  # the router's end of them, by address
         self.pre_shared_key = b""  # of all meshes that are started
+        self.punching: dict[str, object] = {}  # other times than those that `holepunch` has
         self._router = self._namespace()
-        _inside(self._router, "sysctl", "-qw", "net.ipv4.ip_forward=1")
+        namespaces.inside(self._router, "sysctl", "-qw", "net.ipv4.ip_forward=1")
 
     def _namespace(self) -> str:
-        name = f"kaisar{os.getpid()}-{next(_numbers)}"
-        _run("ip", "netns", "add", name)
-        self._stack.callback(subprocess.run, ("ip", "netns", "del", name), check=False, capture_output=True)
-        _run("ip", "-n", name, "link", "set", "lo", "up")
+        name = namespaces.add()
+        self._stack.callback(namespaces.remove, name)
         return name
 
-    def _cable(self, inner: str, outer: str, network: str) -> str:
-        """Connect two namespaces; the outer one is .1 and the way to everywhere. Returns the outer interface."""
-        outer_name = f"c{next(_numbers)}"
-        _run("ip", "link", "add", "up0", "netns", inner, "type", "veth", "peer", "name", outer_name, "netns", outer)
-        for namespace, interface, host in ((inner, "up0", 2), (outer, outer_name, 1)):
-            _run("ip", "-n", namespace, "addr", "add", f"{network}.{host}/24", "dev", interface)
-            _run("ip", "-n", namespace, "link", "set", interface, "up")
-        _run("ip", "-n", inner, "route", "add", "default", "via", f"{network}.1")
-        return outer_name
+    def place(self) -> tuple[str, str]:
+        """A machine with a public address: its namespace, its address."""
+        namespace, network = self._namespace(), next(self._networks)
+        self._cables[f"{network}.2"] = namespaces.plug(namespace, self._router, network)
+        return namespace, f"{network}.2"
+
+    def behind_nat(self, nat: Nat) -> str:
+        """A machine in a home network; its namespace."""
+        gateway, machine = self._namespace(), self._namespace()
+        namespaces.plug(gateway, self._router, next(self._networks))
+        self._at_home(gateway, machine, nat)
+        return machine
+
+    def _at_home(self, gateway: str, machine: str, nat: Nat) -> str:
+        """Connect a machine with its NAT; the network inside."""
+        inside = f"192.168.{next(_insides) % 200}"
+        namespaces.plug(machine, gateway, inside)
+        namespaces.masquerade(gateway, self._iptables, random_ports=nat == "random-ports")
+        return inside
+
+    def shut(self, namespace: str) -> None:
+        """A firewall before a machine: connections can be begun from there only."""
+        namespaces.inside(namespace, self._iptables, "-A", "INPUT", "-i", "up0", "-p", "tcp", "--syn", "-j", "DROP")
+
+    async def peer(self, manager: AbstractAsyncContextManager[T]) -> T:
+        """Let a peer of another implementation run until the end of the test."""
+        return await self._nursery.start(_hold, manager)
 
     async def host(self, *, relay: bool | None = None, **limits: object) -> Subject:
         """A mesh on a machine with a public address."""
-        namespace, network = self._namespace(), next(self._networks)
-        self._cables[f"{network}.2"] = self._cable(namespace, self._router, network)
-        return await self._start(namespace, f"{network}.2", relay=relay, limits=limits)
+        namespace, address = self.place()
+        return await self._start(namespace, address, relay=relay, limits=limits)
 
-    async def home(self, nat: Nat, *, forwards: bool = False, upnp: bool = False, **limits: object) -> Subject:
-        """A mesh in a home network, behind a NAT that lets in what belongs to connections from inside only.
+    async def home(
+        self,
+        nat: Nat,
+        *,
+        forwards: bool = False,
+        upnp: bool = False,
+        delay_s: float | None = None,
+        loss: float = 0.0,
+        **limits: object,
+    ) -> Subject:
+        """A mesh in a home network, behind a NAT.
 
         With `forwards`, its owner has told the router to forward the port; with `upnp`, the router does when asked.
+        `delay_s` is that of the line to the internet in each direction, `loss` the share of packets that it loses.
         """
         gateway, machine, network = self._namespace(), self._namespace(), next(self._networks)
-        self._cable(gateway, self._router, network)
-        inside = f"192.168.{next(_numbers) % 200}"
-        self._cable(machine, gateway, inside)
+        line = None
+        if delay_s is None:
+            namespaces.plug(gateway, self._router, network)
+        else:
+            line = await self._line(gateway, network, delay_s, loss)
+        inside = self._at_home(gateway, machine, nat)
         if forwards:
-            to = ("-p", "tcp", "--dport", str(PORT))
-            destination = f"{inside}.2:{PORT}"
-            dnat = ("-t", "nat", "-A", "PREROUTING", "-i", "up0", *to, "-j", "DNAT", "--to-destination", destination)
-            _inside(gateway, self._iptables, *dnat)
-            _inside(gateway, self._iptables, "-A", "FORWARD", "-i", "up0", *to, "-j", "ACCEPT")
-        _inside(gateway, "sysctl", "-qw", "net.ipv4.ip_forward=1")
-        ports = ("--random-fully",) if nat == "random-ports" else ()
-        established = ("-m", "conntrack", "--ctstate", "ESTABLISHED,RELATED")
-        for rule in (
-            ("-t", "nat", "-A", "POSTROUTING", "-o", "up0", "-p", "tcp", "-j", "MASQUERADE", *ports),
-            ("-A", "FORWARD", "-i", "up0", *established, "-j", "ACCEPT"),
-            ("-A", "FORWARD", "-i", "up0", "-j", "DROP"),
-            ("-A", "INPUT", "-i", "up0", "-j", "DROP"),
-        ):
-            _inside(gateway, self._iptables, *rule)
+            namespaces.forward(gateway, self._iptables, PORT, f"{inside}.2")
         if upnp:
             await self._router_with_upnp(gateway, f"{inside}.1", f"{network}.2")
-        return await self._start(machine, f"{network}.2", relay=None, limits=limits, upnp=upnp)
+        subject = await self._start(machine, f"{network}.2", relay=None, limits=limits, upnp=upnp)
+        subject.line = line
+        return subject
+
+    async def hosts(self, count: int, **settings: Any) -> list[Subject]:
+        """Several of a kind."""
+        return await together(*(self.host(**settings) for _ in range(count)))
+
+    async def _line(self, gateway: str, network: str, delay_s: float, loss: float) -> Line:
+        outer = namespaces.new_interface()
+        command = [
+            sys.executable,
+            "-m",
+            "tests.netns.line_process",
+            gateway,
+            self._router,
+            outer,
+            str(delay_s),
+            str(loss),
+        ]
+        process = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE, cwd=ROOT)
+        self._stack.push_async_callback(_end, process)
+        line = Line(process)
+        with trio.fail_after(30):
+            await self._nursery.start(line.read)
+        namespaces.configure(gateway, self._router, outer, network)
+        return line
 
     async def _router_with_upnp(self, gateway: str, inner: str, outer: str) -> None:
-        script = str(_PROCESS.with_name("igd_process.py"))
+        script = str(Path(__file__).with_name("igd_process.py"))
         command = ["ip", "netns", "exec", gateway, sys.executable, script, inner, outer, self._iptables]
         process = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE)
         self._stack.push_async_callback(_end, process)
@@ -208,29 +286,38 @@ class Internet:
         self, namespace: str, host: str, *, relay: bool | None, limits: dict[str, object], upnp: bool = False
     ) -> Subject:
         settings = {
+            "namespace": namespace,
             "listen": [f"/ip4/0.0.0.0/tcp/{PORT}"],
             "relay": relay,
-            "limits": limits,
+            "limits": _LIMITS | limits,
             "upnp": upnp,
             "pre_shared_key": self.pre_shared_key.hex(),
+            "punching": self.punching,
         }
-        command = ["ip", "netns", "exec", namespace, sys.executable, str(_PROCESS), json.dumps(settings)]
-        process = await trio.lowlevel.open_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self._stack.push_async_callback(_end, process)
-        subject = Subject(process, host)
+        ours, theirs = socket.socketpair()
+        with theirs:
+            socket.send_fds(self._fork_server, [json.dumps(settings).encode()], [theirs.fileno()])
+        subject = Subject(trio.SocketStream(trio.socket.from_stdlib_socket(ours)), host)
+        self._stack.push_async_callback(subject.end)
         with trio.fail_after(30):
             await self._nursery.start(subject.read)
         return subject
 
     def unplug(self, subject: Subject) -> None:
         """Cut the cable of a host: nobody is told that it is gone."""
-        _run("ip", "-n", self._router, "link", "set", self._cables[subject.host], "down")
+        namespaces.run("ip", "-n", self._router, "link", "set", self._cables[subject.host], "down")
 
     async def connect(self, subject: Subject, *others: Subject) -> None:
         """Let a mesh stay connected with others, all of which have public addresses."""
         for other in others:
             await subject.ask("keep", peer=other.key, addresses=[f"/ip4/{other.host}/tcp/{PORT}"])
         await subject.until(lambda info: all(other.key in info["peers"] for other in others))
+
+
+async def _hold(manager: AbstractAsyncContextManager[T], *, task_status: trio.TaskStatus[T]) -> None:
+    async with manager as held:
+        task_status.started(held)
+        await trio.sleep_forever()
 
 
 async def _end(process: trio.Process) -> None:
@@ -240,7 +327,7 @@ async def _end(process: trio.Process) -> None:
 
 
 @pytest.fixture
-async def internet(iptables: str) -> AsyncIterator[Internet]:
+async def internet(iptables: str, fork_server: socket.socket) -> AsyncIterator[Internet]:
     async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
-        yield Internet(nursery, stack, iptables)
+        yield Internet(nursery, stack, iptables, fork_server)
         nursery.cancel_scope.cancel()

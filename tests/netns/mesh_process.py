@@ -1,22 +1,29 @@
-"""One mesh in a process of its own, which obeys lines of JSON on stdin and answers each with one on stdout.
+"""Meshes in processes of their own, each in a network namespace: they obey lines of JSON and answer each with one.
 
-Started by the tests inside a network namespace: `mesh_process.py '{"listen": …, "relay": …, "limits": {…}}'`.
+Started once by the tests, with a socket for stdin; every message there is a namespace and the settings of a mesh, with
+a socket to talk over. Each mesh is a fork: what takes longest is to import everything.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import signal
+import socket
 import sys
+from collections import Counter
 from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import Any
 
 import trio
 
 from kaisar_p2p.errors import KaisarError
-from kaisar_p2p.mesh import Mesh, MeshConfig, MeshLimits, MeshStream, open_mesh
+from kaisar_p2p.mesh import Mesh, MeshConfig, MeshLimits, MeshStream, holepunch, open_mesh
+from kaisar_p2p.mesh.addresses import parse_any
+from kaisar_p2p.mesh.connection import Connection
 from kaisar_p2p.wire.verdict import Verdict
+from tests.netns.namespaces import enter
 
 _PIECE = 16 * 1024
 
@@ -29,6 +36,25 @@ class Subject:
     def __init__(self) -> None:
         self.heard: list[str] = []
         self.streams: dict[str, MeshStream] = {}
+        self.punched = 0
+        self.joined: Counter[str] = Counter()  # connections, by peer and kind
+
+    def watch(self, mesh: Mesh) -> None:
+        """Count the connections, and the attempts to punch holes."""
+        on_connected, punch = mesh._network.on_connected, mesh._relaying._punch._punch_as_leader
+
+        def count(connection: Connection) -> None:
+            self.joined[f"{connection.key.hex()} {'relayed' if connection.relayed else 'direct'}"] += 1
+            on_connected(connection)
+
+        async def count_attempt(connection: Connection) -> None:
+            try:
+                await punch(connection)
+            finally:
+                self.punched += 1
+
+        mesh._network.on_connected = count
+        mesh._relaying._punch._punch_as_leader = count_attempt
 
     async def info(self, mesh: Mesh, _arguments: dict[str, Any]) -> dict[str, Any]:
         reach, relay = mesh.reachability(), mesh.relay_statistics()
@@ -48,12 +74,26 @@ class Subject:
             "circuits_total": relay.circuits_total,
             "relayed_bytes": relay.relayed_bytes,
             "refused": relay.refused,
+            "open_files": len(os.listdir("/proc/self/fd")),
+            "connections": mesh.statistics().connections,
+            "joined": dict(self.joined),
+            "punched": self.punched,
             "heard": self.heard,
             "subscribers": [key.hex() for key in mesh.subscribers("news")],
         }
 
     async def keep(self, mesh: Mesh, arguments: dict[str, Any]) -> dict[str, Any]:
         mesh.keep_connected(bytes.fromhex(arguments["peer"]), arguments["addresses"])
+        return {}
+
+    async def reserve(self, mesh: Mesh, _arguments: dict[str, Any]) -> dict[str, Any]:
+        """Be reachable through relays, whatever else it is."""
+        mesh._relaying.client.want(True)
+        return {}
+
+    async def dial(self, mesh: Mesh, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Connect with a peer at this very address."""
+        await mesh._network.dial(bytes.fromhex(arguments["peer"]), [parse_any(arguments["address"])[0]])
         return {}
 
     async def know(self, mesh: Mesh, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -130,21 +170,24 @@ async def _obey(mesh: Mesh, subject: Subject, line: str) -> None:
 
 
 async def main(settings: dict[str, Any]) -> None:
-    """Run until stdin ends."""
+    """Run one mesh until stdin ends."""
     config = MeshConfig(
         listen=tuple(settings["listen"]),
         network="lab",
-        relay=settings.get("relay"),
+        relay=settings["relay"],
         pre_shared_key=bytes.fromhex(settings["pre_shared_key"]) or None,
-        upnp=settings.get("upnp", False),
+        upnp=settings["upnp"],
         mdns=False,
-        limits=MeshLimits(**settings.get("limits", {})),
+        limits=MeshLimits(**settings["limits"]),
     )
+    for name, value in settings["punching"].items():
+        setattr(holepunch, name, value)
     subject = Subject()
     async with open_mesh(config, os.urandom(32)) as mesh, trio.open_nursery() as nursery:
+        subject.watch(mesh)
         mesh.serve("/echo", _echo, max_frame_bytes=1 << 22)
         mesh.serve("/pipe", _pipe, max_frame_bytes=1024)
-        print(json.dumps({"id": 0, "key": mesh.key.hex()}), flush=True)
+        print(json.dumps({"id": 0, "key": mesh.key.hex(), "pid": os.getpid()}), flush=True)
         buffered = b""
         stdin = trio.lowlevel.FdStream(os.dup(sys.stdin.fileno()))
         async for data in stdin:
@@ -154,10 +197,38 @@ async def main(settings: dict[str, Any]) -> None:
         nursery.cancel_scope.cancel()
 
 
+def _be_a_mesh(order: bytes, talk: int) -> None:
+    """What a fork does; it does not return."""
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.dup2(talk, 0)
+        os.dup2(talk, 1)
+        os.close(talk)
+        settings = json.loads(order)
+        enter(settings["namespace"])
+        trio.run(main, settings)
+    except OSError as error:
+        print(f"mesh_process: {error}", file=sys.stderr)
+    finally:
+        os._exit(0)
+
+
+def fork_on_demand() -> None:
+    """Until the other end of stdin is closed."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    with socket.socket(fileno=os.dup(0)) as orders:
+        while True:
+            order, descriptors, _, _ = socket.recv_fds(orders, 65536, 1)
+            if not order:
+                return
+            if os.fork() == 0:
+                orders.close()
+                _be_a_mesh(order, descriptors[0])
+            os.close(descriptors[0])
+
+
 if __name__ == "__main__":
     if os.environ.get("KAISAR_LAB_LOG"):
-        import logging
-
-        logging.basicConfig(level=logging.DEBUG, format="%(asctime)s %(name)s %(message)s")
+        logging.basicConfig(level=logging.DEBUG, format="%(asctime)s %(process)d %(name)s %(message)s")
         logging.getLogger("multiaddr").setLevel(logging.INFO)
-    trio.run(partial(main, json.loads(sys.argv[1])))
+    fork_on_demand()

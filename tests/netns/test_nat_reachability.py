@@ -8,7 +8,7 @@ pytestmark = pytest.mark.netns
 
 
 async def test_a_node_on_a_public_address_finds_out_that_it_can_be_dialed(internet) -> None:
-    hosts = [await internet.host() for _ in range(3)]
+    hosts = await internet.hosts(3)
     for host in hosts[1:]:
         await internet.connect(host, hosts[0])
     for host in hosts:
@@ -19,7 +19,7 @@ async def test_a_node_on_a_public_address_finds_out_that_it_can_be_dialed(intern
 
 @pytest.mark.parametrize("nat", ["keeps-ports", "random-ports"])
 async def test_a_node_behind_a_nat_finds_out_that_it_cannot_and_how_it_is_seen(internet, nat: str) -> None:
-    hosts = [await internet.host() for _ in range(3)]
+    hosts = await internet.hosts(3)
     home = await internet.home(nat)
     await internet.connect(home, *hosts)
     found = await home.until(lambda info: info["reach"] == "private" and bool(info["observed"]))
@@ -31,7 +31,7 @@ async def test_a_node_behind_a_nat_finds_out_that_it_cannot_and_how_it_is_seen(i
 
 async def test_a_forwarded_port_is_found_without_being_configured(internet) -> None:
     """The router's own address, confirmed by peers, is what the node announces."""
-    hosts = [await internet.host() for _ in range(3)]
+    hosts = await internet.hosts(3)
     home = await internet.home("random-ports", forwards=True)
     await internet.connect(home, *hosts)
     found = await home.until(lambda info: info["reach"] == "public" and bool(info["reached_at"]))
@@ -50,7 +50,7 @@ async def test_one_helper_is_enough_to_know_but_not_to_announce(internet) -> Non
 
 
 async def test_a_router_with_upnp_is_asked_and_peers_confirm(internet) -> None:
-    hosts = [await internet.host() for _ in range(2)]
+    hosts = await internet.hosts(2)
     home = await internet.home("random-ports", upnp=True)
     await internet.connect(home, *hosts)
     found = await home.until(lambda info: info["reach"] == "public" and bool(info["reached_at"]))

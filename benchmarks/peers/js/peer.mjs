@@ -51,7 +51,7 @@ const seed = config.seed && Buffer.from(config.seed, 'hex')
 const privateKey = await (seed ? generateKeyPairFromSeed('Ed25519', seed) : generateKeyPair('Ed25519'))
 const node = await createLibp2p({
   privateKey,
-  addresses: { listen: config.listen ?? ['/ip4/127.0.0.1/tcp/0'] },
+  addresses: { listen: config.listen ?? ['/ip4/127.0.0.1/tcp/0'], announce: config.announce ?? [] },
   transports: config.relay_client ? [tcp(), circuitRelayTransport()] : [tcp()],
   connectionEncrypters: [noise()],
   streamMuxers: [yamux()],
