@@ -13,7 +13,48 @@ from kaisar_p2p.mesh.limits import MeshLimits, TokenBucket
 from kaisar_p2p.mesh.yamux_stream import FRAME_BYTES, MuxedStream
 
 _CONTROL_FRAMES = 128  # waiting for one peer
+_CONTROL_BYTES = 64 * 1024  # the same in bytes
 _LENGTH_BYTES = 3  # of a frame that fits a batch
+_TURN_BYTES = 64 * 1024  # that the link with the most loses at a time
+
+
+class QueuedBytes:
+    """What the queues of all links hold in messages; one that waits for several peers is in memory once.
+
+    When it is too much, the link that has the most loses first.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.held = 0
+        self._most = most
+        self._waits: dict[bytes, int] = {}  # for how many peers, by message id
+        self._links: dict[Link, None] = {}  # with something queued
+
+    def add(self, link: Link, message_id: bytes, size: int) -> None:
+        """A message waits for one peer more."""
+        waits = self._waits.get(message_id, 0)
+        self._waits[message_id] = waits + 1
+        self._links[link] = None
+        if not waits:
+            self.held += size
+            if self.held > self._most:
+                self._relieve()
+
+    def remove(self, link: Link, message_id: bytes, size: int) -> None:
+        """A message waits for one peer less."""
+        waits = self._waits[message_id] - 1
+        if waits:
+            self._waits[message_id] = waits
+        else:
+            del self._waits[message_id]
+            self.held -= size
+        if not link.queued_bytes:
+            self._links.pop(link, None)
+
+    def _relieve(self) -> None:
+        while self.held > self._most and self._links:
+            worst = max(self._links, key=lambda link: link.queued_bytes)
+            worst.drop_down_to(max(0, worst.queued_bytes - _TURN_BYTES))
 
 
 class Link:
@@ -23,7 +64,9 @@ class Link:
     `flush` sends what it can at once; what has to wait for the peer is left in `unsent` for the peer's task.
     """
 
-    def __init__(self, limits: MeshLimits, now: float, dropped: Counter[tuple[str, int]]) -> None:
+    def __init__(
+        self, limits: MeshLimits, now: float, dropped: Counter[tuple[str, int]], everywhere: QueuedBytes
+    ) -> None:
         self.messages_bucket = TokenBucket(limits.messages_per_s, limits.messages_burst, now)
         self.bytes_bucket = TokenBucket(limits.bytes_per_s, limits.bytes_burst, now)
         self.inbound: list[MuxedStream] = []  # that the peer has open
@@ -34,13 +77,20 @@ class Link:
         self._stuck = trio.Event()  # there is something in `unsent`
         self._limits = limits
         self._dropped = dropped  # by topic and priority
+        self._everywhere = everywhere
         self._control: deque[bytes] = deque()
+        self._control_bytes = 0
         self._messages: list[OrderedDict[bytes, tuple[str, bytes]]] = [OrderedDict() for _ in range(PRIORITIES)]
         self._count = self._bytes = 0
 
     def __len__(self) -> int:
         """Frames and messages that wait."""
         return len(self._control) + self._count
+
+    @property
+    def queued_bytes(self) -> int:
+        """Of messages."""
+        return self._bytes
 
     def push(self, message_id: bytes, topic: str, entry: bytes, priority: int) -> None:
         """Queue a message, given as the field of an RPC."""
@@ -50,20 +100,30 @@ class Link:
         queue[message_id] = (topic, entry)
         self._count += 1
         self._bytes += len(entry)
+        self._everywhere.add(self, message_id, len(entry))
         while self._count > self._limits.outbound_frames or self._bytes > self._limits.outbound_bytes:
             self._drop_one()
 
     def _drop_one(self) -> None:
         priority = next(number for number in reversed(range(PRIORITIES)) if self._messages[number])
-        _, (topic, entry) = self._messages[priority].popitem(last=False)
+        message_id, (topic, entry) = self._messages[priority].popitem(last=False)
+        self._gone(message_id, entry)
+        self._dropped[topic, priority] += 1
+
+    def _gone(self, message_id: bytes, entry: bytes) -> None:
         self._count -= 1
         self._bytes -= len(entry)
-        self._dropped[topic, priority] += 1
+        self._everywhere.remove(self, message_id, len(entry))
 
     def shrink(self, most_bytes: int) -> None:
         """Keep no more than so many bytes of messages, and of control nothing."""
         self._control.clear()
+        self._control_bytes = 0
         self.unsent = self.unsent if len(self.unsent) <= most_bytes else b""
+        self.drop_down_to(most_bytes)
+
+    def drop_down_to(self, most_bytes: int) -> None:
+        """The oldest of the least important messages give way."""
         while self._bytes > most_bytes:
             self._drop_one()
 
@@ -71,14 +131,15 @@ class Link:
         """The peer has this message."""
         for queue in self._messages:
             if (waiting := queue.pop(message_id, None)) is not None:
-                self._count -= 1
-                self._bytes -= len(waiting[1])
+                self._gone(message_id, waiting[1])
                 return
 
     def push_control(self, frame: bytes) -> None:
         """Queue a control frame, ahead of messages."""
-        if len(self._control) < _CONTROL_FRAMES:
+        room = _CONTROL_BYTES - self._control_bytes
+        if len(self._control) < _CONTROL_FRAMES and (len(frame) <= room or not (self._control or self.unsent)):
             self._control.append(frame)
+            self._control_bytes += len(frame)
 
     def has_news(self, spread: Container[bytes]) -> bool:
         """Something waits that is not in `spread`: the peer may not have it from somebody else."""
@@ -107,16 +168,15 @@ class Link:
         while self._control and size < FRAME_BYTES // 2:
             parts.append(self._control.popleft())
             size += len(parts[-1])
+        self._control_bytes -= size
         entries: list[bytes] = []
         room = FRAME_BYTES - _LENGTH_BYTES - size
         for queue in self._messages:
             while queue and (len(queue[next(iter(queue))][1]) <= room or not (parts or entries)):
-                _, (_, entry) = queue.popitem(last=False)
+                message_id, (_, entry) = queue.popitem(last=False)
+                self._gone(message_id, entry)
                 entries.append(entry)
                 room -= len(entry)
         if entries:
-            self._count -= len(entries)
-            rpc = b"".join(entries)
-            self._bytes -= len(rpc)
-            parts.append(wire.frame(rpc))
+            parts.append(wire.frame(b"".join(entries)))
         return b"".join(parts)

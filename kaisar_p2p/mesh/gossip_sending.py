@@ -20,7 +20,7 @@ import trio
 
 from kaisar_p2p.errors import RequestFailed
 from kaisar_p2p.mesh.connection import Connection
-from kaisar_p2p.mesh.gossip_link import Link
+from kaisar_p2p.mesh.gossip_link import Link, QueuedBytes
 from kaisar_p2p.mesh.gossip_seen import SeenMessages
 from kaisar_p2p.mesh.negotiation import confirm, proposal
 from kaisar_p2p.mesh.network import Network
@@ -52,6 +52,7 @@ class Outbox:
         self._rng = rng
         self._announce, self._on_gone = announce, on_gone
         self._nursery: trio.Nursery | None = None
+        self._queued = QueuedBytes(limits.outbound_all_bytes)
         self._waiting: dict[Link, None] = {}  # links with something to send
         self._spread = SeenMessages(limits.seen_messages, 2 * limits.spread_s)  # messages that reached us twice
         self._parted: OrderedDict[bytes, tuple[Link, float]] = OrderedDict()  # of peers that have just left
@@ -145,14 +146,19 @@ class Outbox:
     def _link_for(self, key: bytes, now: float) -> Link:
         """A peer that is back at once goes on with the link it had: what waits for it, and its rates."""
         link, parted = self._parted.pop(key, (None, 0.0))
-        return link if link is not None and now - parted < _PARTED_S else Link(self._limits, now, self.dropped)
+        if link is not None and now - parted < _PARTED_S:
+            return link
+        if link is not None:
+            link.drop_down_to(0)
+        return Link(self._limits, now, self.dropped, self._queued)
 
     def _part(self, key: bytes, link: Link) -> None:
         self._waiting.pop(link, None)
         link.shrink(_PARTED_BYTES)
         self._parted[key] = (link, trio.current_time())
         if len(self._parted) > _PARTED:
-            self._parted.popitem(last=False)
+            _, (oldest, _) = self._parted.popitem(last=False)
+            oldest.drop_down_to(0)
 
     def reroute(self, connection: Connection) -> None:
         """Another connection with the peer of this one is to be written to."""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kaisar_p2p.mesh.gossip_link import Link
+from kaisar_p2p.mesh.gossip_link import Link, QueuedBytes
 from kaisar_p2p.mesh.gossip_queues import LEAST_IMPORTANT, PRIORITIES, FairQueue, PriorityQueues
 from kaisar_p2p.mesh.limits import MeshLimits
 from kaisar_p2p.mesh.yamux_stream import FRAME_BYTES
@@ -107,7 +107,7 @@ class FakeStream:
 
 def link(**limits: int) -> tuple[Link, Counter[tuple[str, int]]]:
     dropped: Counter[tuple[str, int]] = Counter()
-    return Link(MeshLimits(**limits), 0.0, dropped), dropped  # type: ignore[arg-type]
+    return Link(MeshLimits(**limits), 0.0, dropped, QueuedBytes(1 << 30)), dropped  # type: ignore[arg-type]
 
 
 def test_a_link_sends_control_first_then_by_importance_in_one_piece() -> None:
@@ -168,3 +168,62 @@ def test_batches_are_bounded_and_complete(messages: list[tuple[int, int]]) -> No
     assert all(len(batch) <= max(FRAME_BYTES, largest + 3) for batch in stream.written)  # type: ignore[attr-defined]
     sent = sum(map(len, stream.written))  # type: ignore[attr-defined]
     assert 0 <= sent - sum(size for _, size in messages) <= 3 * len(messages)
+
+
+def links(count: int, most: int, **limits: int) -> tuple[list[Link], QueuedBytes, Counter[tuple[str, int]]]:
+    dropped: Counter[tuple[str, int]] = Counter()
+    everywhere = QueuedBytes(most)
+    bounds = MeshLimits(**limits)  # type: ignore[arg-type]
+    return [Link(bounds, 0.0, dropped, everywhere) for _ in range(count)], everywhere, dropped
+
+
+def test_what_waits_for_several_peers_counts_once() -> None:
+    made, everywhere, _ = links(10, 1 << 20)
+    for link in made:
+        link.push(b"1", "t", bytes(1000), 1)
+    assert everywhere.held == 1000
+    for link in made[1:]:
+        link.withdraw(b"1")
+    assert everywhere.held == 1000
+    made[0].drop_down_to(0)
+    assert everywhere.held == 0
+
+
+def test_over_the_bound_of_all_the_link_with_the_most_loses() -> None:
+    (slow, honest), everywhere, dropped = links(2, 1 << 20)
+    honest.push(b"h", "certificate", bytes(1000), 0)
+    for number in range(30):
+        slow.push(b"%d" % number, "advert", bytes(50_000), 2)
+    assert everywhere.held <= 1 << 20
+    assert honest.queued_bytes == 1000 and slow.queued_bytes >= 900_000
+    assert set(dropped) == {("advert", 2)}
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 12), st.integers(0, 3)), max_size=80))
+def test_all_queues_together_hold_what_is_counted(steps: list[tuple[int, int, int]]) -> None:
+    made, everywhere, _ = links(4, 60_000, outbound_frames=6)
+    for number, message, action in steps:
+        if action == 0:
+            made[number].withdraw(b"%d" % message)
+        elif action == 1:
+            made[number].stream = FakeStream()  # type: ignore[assignment]
+            made[number].flush()
+            made[number].stream = None
+        else:
+            made[number].push(b"%d" % message, "t", bytes(1000 * (1 + message)), message % 3)
+        waiting = {key: len(entry) for link in made for queue in link._messages for key, (_, entry) in queue.items()}
+        assert everywhere.held == sum(waiting.values()) <= 60_000
+    for link in made:
+        link.shrink(0)
+    assert everywhere.held == 0 and not everywhere._waits and not everywhere._links
+
+
+def test_control_has_a_bound_in_bytes() -> None:
+    made, _ = link()
+    for _ in range(100):
+        made.push_control(bytes(10_000))
+    assert len(made) == 6
+    made.stream = FakeStream()  # type: ignore[assignment]
+    made.flush()
+    made.push_control(bytes(150_000))
+    assert len(made) == 1
