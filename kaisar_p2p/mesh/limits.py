@@ -150,10 +150,13 @@ class SharedBytes:
         self._held: dict[bytes, int] = {}
         self.total = 0
 
-    def try_take(self, holder: bytes, amount: int) -> bool:
-        """Take `amount` if it is there. What is larger than an eighth of all goes to a holder that has nothing."""
+    def try_take(self, holder: bytes, amount: int, own: int = 0) -> bool:
+        """Take `amount` if it is there.
+
+        What is larger than an eighth of all goes to a holder that has nothing else than `own`, for the same purpose.
+        """
         held = self._held.get(holder, 0)
-        if self.total + amount > self._most or (held and held + amount > self._of_one):
+        if self.total + amount > self._most or (held > own and held + amount > self._of_one):
             return False
         self._held[holder] = held + amount
         self.total += amount

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import TracebackType
 
 import trio
@@ -45,20 +43,25 @@ class MeshStream:
         self._stream = stream
         self._unconfirmed = False
         self._held, self._holder = held, holder
+        self._request_bytes = 0  # counted
 
-    @contextmanager
-    def _holding(self, size: int) -> Iterator[None]:
-        """Count a frame while it is in memory, if it is one that a peer makes us hold."""
+    def _take(self, size: int) -> int:
+        """Count a frame if it is one that a peer makes us hold; what is to be given back."""
         if self._held is None or size <= _SMALL_FRAME:
-            yield
-            return
-        if not self._held.try_take(self._holder, size):
+            return 0
+        if not self._held.try_take(self._holder, size, self._request_bytes):
             self._stream.reset_nowait()
             raise RequestFailed("too much is being received and answered already")
-        try:
-            yield
-        finally:
+        return size
+
+    def _give_back(self, size: int) -> None:
+        if size and self._held is not None:
             self._held.give_back(self._holder, size)
+
+    def _end_request(self) -> None:
+        """What was received last is counted until something else is, or the stream ends: its handler has it."""
+        size, self._request_bytes = self._request_bytes, 0
+        self._give_back(size)
 
     def expect_confirmation(self) -> None:
         """The peer's agreement to the protocol has not been read yet: do it before the first read."""
@@ -73,8 +76,11 @@ class MeshStream:
         """Send one frame; `max_frame_bytes` is about what we receive, the peer has its own limit. LimitExceeded."""
         if len(frame) > _LARGEST_FRAME:
             raise LimitExceeded(f"a frame of {len(frame)} bytes exceeds {_LARGEST_FRAME}", hint="send it in parts")
-        with self._holding(len(frame)):
+        taken = self._take(len(frame))
+        try:
             await self._send(frame, len(frame).to_bytes(4, "big"))  # a copy with both would take as much again
+        finally:
+            self._give_back(taken)
 
     async def receive_frame(self) -> bytes:
         """The next frame. Its announced length is checked before anything is kept."""
@@ -83,8 +89,9 @@ class MeshStream:
         if size > self.max_frame_bytes:
             self._stream.reset_nowait()
             raise RequestFailed(f"the peer announced a frame of {size} bytes, over the limit of {self.max_frame_bytes}")
-        with self._holding(size):
-            frame = await read_exactly(self._stream, size)
+        self._end_request()
+        self._request_bytes = self._take(size)
+        frame = await read_exactly(self._stream, size)
         self.received_bytes += 4 + size
         return frame
 
@@ -102,6 +109,7 @@ class MeshStream:
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Some raw bytes; b"" when the peer has finished sending."""
         await self._confirmed()
+        self._end_request()
         try:
             data = await self._stream.read(max_bytes or _CHUNK_BYTES)
         except MuxedStreamEOF:
@@ -117,10 +125,12 @@ class MeshStream:
 
     async def aclose(self) -> None:
         """Finish: what was sent still arrives, what the peer sends from now on is dropped."""
+        self._end_request()
         await self._stream.close()
 
     async def reset(self) -> None:
         """End the stream at once, in both directions."""
+        self._end_request()
         self._stream.reset_nowait()
         await trio.lowlevel.checkpoint()
 
@@ -133,4 +143,5 @@ class MeshStream:
         if kind is None:
             await self.aclose()
         else:
+            self._end_request()
             self._stream.reset_nowait()

@@ -362,6 +362,21 @@ async def test_what_served_streams_hold_is_limited_over_all_peers(lab) -> None:
     await eventually(lambda: held.total == 0)
 
 
+async def test_a_request_counts_until_it_is_answered(lab) -> None:
+    server, client = await lab.pair(served_bytes=1 << 20)
+    held, seen = server._served_bytes, []
+
+    async def answer(stream: MeshStream) -> None:
+        await stream.receive_frame()
+        seen.append(held.total)
+        await stream.send_frame(bytes(900_000))
+
+    server.serve("/answer", answer, max_frame_bytes=1 << 19)
+    reply = await client.request(server.key, "/answer", bytes(100_000), deadline_s=10, max_reply_bytes=1 << 20)
+    assert len(reply) == 900_000 and seen == [100_000]
+    await eventually(lambda: held.total == 0)
+
+
 @pytest.mark.slow
 async def test_thousands_of_identities_leave_memory_flat(lab) -> None:
     mesh = await lab.mesh(handshakes_per_s=100_000)
