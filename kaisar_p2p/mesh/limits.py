@@ -31,6 +31,7 @@ class MeshLimits:
     connections_per_address: int = 16  # inbound, from an IPv4 address or an IPv6 /64
     connections_per_subnet: int = 48  # inbound, from an IPv4 /24 or an IPv6 /56
     private_factor: int = 8  # a loopback or private address may have so many times what a public one may; 1: the same
+    busy_per_address: int = 4  # inbound, with an open request or tunnel, that go last; three times that for a subnet
     idle_s: float = 300.0  # a peer of no use for so long gives way when connections run out
     handshakes: int = 32  # unauthenticated connections at a time
     handshakes_per_address: int = 8  # half of all for a private address
@@ -84,7 +85,7 @@ class MeshLimits:
     relay_bytes_per_s: float = 16 * 1024 * 1024  # all circuits together
     relay_member_bytes: int = 8 * 1024 * 1024 * 1024  # of a circuit between members, in each direction
     relay_member_s: float = 4 * 3600.0
-    relay_stranger_bytes: int = 2 * 1024 * 1024  # of any other circuit: to talk and to punch holes, not for bulk
+    relay_stranger_bytes: int = 2 * 1024 * 1024  # of any other circuit: to talk, to punch holes; 0: no such circuit
     relay_stranger_s: float = 300.0
 
 

@@ -5,9 +5,9 @@ ask for a circuit to it. We see Noise ciphertext only. Reservations are for dire
 that hold one, and nothing is dialed for anybody.
 
 Who may send how much: a circuit between two members has the limits `relay_member_s` and `relay_member_bytes`, any
-other circuit `relay_stranger_s` and `relay_stranger_bytes`, enough to punch a hole or to talk, not for bulk. A member
-is whom `is_member` says (the node: workers with a bond), or, without that, whoever holds a reservation here. Circuits
-of strangers take at most half of the places.
+other circuit `relay_stranger_s` and `relay_stranger_bytes`, enough to punch a hole or to talk, not for bulk; with no
+such bytes there is no such circuit. A member is whom `is_member` says (the node: workers with a bond), or, without
+that, whoever holds a reservation here. Circuits of strangers take at most half of the places.
 """
 
 from __future__ import annotations
@@ -181,6 +181,9 @@ class Relay:
             self._check_room_for(connection.remote_host)
         lifetime_s = self._limits.relay_reservation_s
         self._slots[key] = _Slot(connection.remote_host, trio.current_time() + lifetime_s)
+        if self._refuses_strangers and not self.is_member(key):
+            del self._slots[key]
+            raise _Refusal(Status.PERMISSION_DENIED, "strangers")
         expires_at = int(self._wall_clock() + lifetime_s)
         reservation = Reservation(
             expires_at, self._own_addresses(), voucher(self._signing_key, peer=key, expires_at=expires_at)
@@ -228,6 +231,10 @@ class Relay:
         usable = [c for c in self._network.connections_with(key) if not c.relayed]
         return next((c for c in reversed(usable) if not c.retired), usable[-1] if usable else None)
 
+    @property
+    def _refuses_strangers(self) -> bool:
+        return not self._limits.relay_stranger_bytes  # on the wire, 0 would say that there is no limit
+
     def _are_members(self, source: bytes, target: bytes) -> bool:
         return self.is_member(source) and self.is_member(target)
 
@@ -242,6 +249,8 @@ class Relay:
         """One circuit's place; raises _Refusal when there is none."""
         source = comer.key
         strange = not self._are_members(source, target)
+        if strange and self._refuses_strangers:
+            raise _Refusal(Status.PERMISSION_DENIED, "strangers")
         most = self._limits.relay_circuits
         if self._circuits >= most or (strange and self._strange_circuits >= max(1, most // 2)):
             raise _Refusal(Status.RESOURCE_LIMIT_EXCEEDED, "circuits")

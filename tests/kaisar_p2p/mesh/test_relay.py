@@ -268,6 +268,22 @@ async def test_strangers_bulk_is_refused(internet) -> None:
     await eventually(lambda: relay.relay_statistics().circuits == 1)
 
 
+async def test_no_bytes_for_strangers_means_no_circuits_for_them(internet) -> None:
+    relay = await internet.relay(relay_stranger_bytes=0)
+    b = await internet.hidden_node(relay)
+    member, stranger = await internet.hidden_node(relay), await internet.node(relay, reserve=False)
+    for mesh in (member, stranger):
+        introduce(mesh, b)
+    assert await echoed(member, b, bytes(1 << 20)) == bytes(1 << 20)
+    with pytest.raises(PeerUnreachable, match="permission denied"):
+        await echoed(stranger, b)
+    assert relay.relay_statistics().refused["strangers"] > 0
+    relay.relay_members(lambda _key: False)
+    refused = relay.relay_statistics().refused["strangers"]
+    await internet.node(relay)
+    await eventually(lambda: relay.relay_statistics().refused["strangers"] > refused)
+
+
 async def test_the_node_says_who_is_a_member(internet) -> None:
     relay = await internet.relay(relay_stranger_bytes=300_000)
     a, b = await internet.hidden_node(relay), await internet.hidden_node(relay)
