@@ -11,6 +11,10 @@ Answer = Mapping[str, Any]
 
 WARNED_SKEW_S, WRONG_SKEW_S = 10.0, 60.0
 _JOIN_HINT = "do the addresses that were named answer, with the same swarm key, and does a firewall let TCP out?"
+_NOBODY_TO_ASK = (
+    "peers on the internet are asked, and none has been so far; in a network without internet that is as it should be"
+    " (to have it checked there too, name this machine's address in network.listen instead of 0.0.0.0)"
+)
 _LIMIT_OF = {
     "connections": "connections",
     "address": "connections_per_address",
@@ -48,6 +52,8 @@ def check_reachability(findings: Findings, network: Answer) -> None:
             findings.ok("reachable", f"yes: {how}")
         case "private":
             findings.warn("reachable", f"no: {how}", _advice(network))
+        case _ if network["peers"]["connected"] and reach["checked_s"] is None:
+            findings.ok("reachable", f"not known: {_NOBODY_TO_ASK}")
         case _:
             hint = "" if network["peers"]["connected"] else "it needs a peer to ask"
             findings.warn("reachable", f"not known yet: {how}", hint)

@@ -182,6 +182,17 @@ def test_a_node_behind_a_router_learns_what_to_forward(
     )
 
 
+@pytest.mark.parametrize(("checked_at", "grade"), [(None, "ok"), (0.0, "warn")])
+def test_where_nobody_is_on_the_internet_reachability_is_no_warning(
+    served: Any, beside: Invoke, checked_at: float | None, grade: str
+) -> None:
+    unknown = Reachability("unknown", (), "no peer could be asked yet", checked_at)
+    served.node.report = replace(served.node.report, reachability=unknown)
+    found = by_check(beside("doctor", "--json").out)["reachable"]
+    assert found["grade"] == grade
+    assert ("network without internet" in found["text"]) == (grade == "ok")
+
+
 def test_another_process_with_our_key_fails(served: Any, beside: Invoke) -> None:
     served.node.report = replace(served.node.report, key_conflict="another process at 192.0.2.5 uses this key")
     result = beside("doctor", "--json")
