@@ -105,6 +105,8 @@ class Discovery:
         self._nursery: trio.Nursery | None = None
         self._rendezvous = Rendezvous(network, book, exchange, self, rng)
         self.on_told: Callable[[Connection], None] = lambda _connection: None  # a peer told where it is
+        self._detours: set[bytes] = set()  # keys
+        network.on_doubtful = self._on_doubtful
         exchange.on_met = self._on_met
         exchange.on_foreign = self._on_foreign
 
@@ -208,6 +210,19 @@ class Discovery:
         if connection.address is not None:
             self._book.confirm(key, connection.address)
         return connection
+
+    def _on_doubtful(self, connection: Connection) -> None:
+        """Whoever dialed looks for another relay, once at a time, before anybody asks."""
+        key = connection.key
+        if not connection.inbound and not connection.retired and key not in self._detours:
+            self._detours.add(key)
+            self._soon(self._detour_ahead, connection)
+
+    async def _detour_ahead(self, connection: Connection) -> None:
+        try:
+            await self.detour(connection)
+        finally:
+            self._detours.discard(connection.key)
 
     async def detour(self, doubtful: Connection) -> Connection:
         """Another connection with a peer whose relay seems to be gone; the same one when there is no other way."""

@@ -102,6 +102,7 @@ class Network(Swarm):
         self.is_origin_banned: Callable[[Origin], bool] = lambda _origin: False
         self.on_failed_handshake: Callable[[Origin], None] = lambda _origin: None
         self.on_offence: Callable[[Connection, Exception], None] = lambda _connection, _error: None
+        self.on_doubtful: Callable[[Connection], None] = lambda _connection: None  # relayed, and nothing comes back
         self.on_own_key: Callable[[str], None] = lambda _host: None
         self.on_key_conflict: Callable[[Connection, Connection], None] = lambda _other, _newest: None
         self.is_foreign: Callable[[bytes], bool] = lambda _key: False  # of another network, as it has said itself
@@ -218,7 +219,7 @@ class Network(Swarm):
             raise kind(f"not connecting with {muxed_conn.peer_id}: ourselves, unwanted or no ed25519 key")
         connection = Connection(muxed_conn, self, inbound=direction == "inbound", key=key)
         if connection.relayed:
-            muxed_conn.be_impatient()
+            muxed_conn.be_impatient(lambda: self.on_doubtful(connection))
         if not self.pruner.room_for_key(key, now):
             self.refused["key"] += 1
             raise _NotAdmitted("enough connections with this key")

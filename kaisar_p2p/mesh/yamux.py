@@ -100,6 +100,7 @@ class Muxer(IMuxedConn):
         self._scope: trio.CancelScope | None = None
         self._ended = False
         self._keeper = keeper
+        self._on_doubtful: Callable[[], None] = lambda: None
         self._liveness = Liveness(self._limits.keepalive_s, self._limits.send_stall_s)
 
     # -- the library's view -------------------------------------------------------------------------------------------
@@ -124,9 +125,11 @@ class Muxer(IMuxedConn):
         """Of the last ping that came back."""
         return self._liveness.rtt_s
 
-    def be_impatient(self) -> None:
-        """Find out in seconds that nothing is answered any more: there may be another way to the peer."""
+    def be_impatient(self, on_doubtful: Callable[[], None]) -> None:
+        """Find out in seconds that nothing is answered any more, and say so again and again: there may be another way
+        to the peer."""
         self._liveness.impatient = True
+        self._on_doubtful = on_doubtful
 
     @property
     def is_doubtful(self) -> bool:
@@ -215,6 +218,8 @@ class Muxer(IMuxedConn):
             log.debug("connection with %s ends: %s", self.peer_id, verdict)
             self.abort()
             return
+        if self._liveness.impatient and self._liveness.is_doubtful(now, self.last_received):
+            self._on_doubtful()
         ping = self._liveness.ping_due(now, self.last_received)
         if ping is not None:
             frame = HEADER.pack(0, PING, SYN, 0, ping)

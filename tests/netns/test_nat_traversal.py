@@ -130,7 +130,7 @@ async def test_another_relay_takes_over(internet, how: str) -> None:
         internet.unplug(used[0])
     began = time.monotonic()
     while True:
-        answer = await a.ask("echo", peer=b.key, size=1000, deadline_s=5)
+        answer = await a.ask("echo", peer=b.key, size=1000, deadline_s=2)
         if answer.get("same"):
             break
         assert time.monotonic() - began < RECOVERY_S, answer

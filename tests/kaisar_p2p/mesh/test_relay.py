@@ -63,14 +63,18 @@ async def test_every_method_of_the_mesh_finds_the_way(internet) -> None:
     assert await a.request(b.key, "/ask", b"hi", deadline_s=5, max_reply_bytes=100) == b"hi from " + a.key
 
 
-async def test_when_a_relay_says_nothing_any_more_the_next_request_goes_over_another(internet) -> None:
+@pytest.mark.parametrize("asked", [True, False])
+async def test_when_a_relay_says_nothing_any_more_what_is_new_goes_over_another(internet, asked: bool) -> None:
     relays = [await internet.relay() for _ in range(2)]
     a, b = await internet.hidden_node(*relays), await internet.hidden_node(*relays)
     introduce(a, b)
     assert await echoed(a, b) == b"hello"
     first = a._network.connection_to(b.key)
     first.muxer._liveness.is_doubtful = lambda _now, _received: True
-    assert await echoed(a, b) == b"hello"
+    if asked:
+        assert await echoed(a, b) == b"hello"
+    else:
+        await eventually(lambda: len(a._network.connections_with(b.key)) == 2)
     second = a._network.connection_to(b.key)
     assert second is not first
     assert second.address.relay != first.address.relay
