@@ -135,13 +135,24 @@ class Connection(SwarmConn):
         return self.serving > 0 or self.muxer.outbound_count > 1
 
     @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """A request or tunnel of the peer is being served: others are pruned first."""
-        self.serving += 1
+    def in_use(self, *, at_once: bool = True) -> Iterator[Callable[[], None]]:
+        """A request or tunnel of the peer is being served: others are pruned first.
+
+        Not `at_once`: from the first call of what is given. An open stream that asks for nothing protects nobody.
+        """
+        counted = False
+
+        def begin() -> None:
+            nonlocal counted
+            self.serving += not counted
+            counted = True
+
+        if at_once:
+            begin()
         try:
-            yield
+            yield begin
         finally:
-            self.serving -= 1
+            self.serving -= counted
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Live until either side closes; never raises but for cancellation."""

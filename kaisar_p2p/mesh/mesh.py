@@ -415,8 +415,9 @@ class Mesh:
             # All keys of one address are one holder: else many keys could hold everything.
             shared = connection.relayed or connection.origin.private
             holder = peer if shared else connection.origin.account.encode()
-            with connection.in_use():
+            with connection.in_use(at_once=False) as begin:
                 async with MeshStream(stream, peer, protocol, limit, held=held, holder=holder) as mesh_stream:
+                    mesh_stream.on_used = begin
                     await service.handler(mesh_stream)
         except (MeshError, trio.TooSlowError) as error:  # a deadline of the handler's: the peer was too slow
             log.debug("%s with %s ended: %r", protocol, peer.hex()[:12], error)

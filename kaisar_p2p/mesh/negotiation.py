@@ -140,11 +140,16 @@ async def _some(channel: Channel, count: int) -> bytes:
     return part
 
 
-async def read_exactly(channel: Channel, count: int) -> bytes:
-    """Exactly `count` bytes; raises RequestFailed when the stream ends or is reset before."""
+async def read_exactly(channel: Channel, count: int, on_part: Callable[[int], None] | None = None) -> bytes:
+    """Exactly `count` bytes; raises RequestFailed when the stream ends or is reset before.
+
+    `on_part` is called with the size of each piece, and may raise.
+    """
     parts: list[bytes] = []
     while count:
         part = await _some(channel, count)
+        if on_part is not None:
+            on_part(len(part))
         parts.append(part)
         count -= len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_SUBNET_SHARE = 3  # times as many protected connections as an address
 _DEAD_KEEPALIVES = 1.5  # silent for so many intervals of pings, a connection is probably dead
 
 
@@ -59,11 +60,11 @@ class Pruner:
         self.prune(silent, "silent")
         return True
 
-    def standing(self, connection: Connection, now: float) -> Standing:
+    def standing(self, connection: Connection, now: float, *, protected: bool = False) -> Standing:
         """What is known for and against a connection."""
         return Standing(
             kept=self.is_kept(connection.key),
-            busy=connection.busy,
+            busy=protected,
             blame=self.blame(connection.key, connection.origin),
             useful_s=now - connection.useful_at,
             crowd=self._door.crowd(connection.origin) if connection.inbound else 0,
@@ -84,9 +85,26 @@ class Pruner:
         most = max(1, self._limits.connections - self._limits.outbound_reserved)
         return inbound and sum(connection.inbound for connection in connections) >= most
 
+    def _protected(self, candidates: list[Connection]) -> set[Connection]:
+        """Those that go last because they are busy: of an address and a subnet the oldest few, of ours all."""
+        of_account: Counter[str] = Counter()
+        of_subnet: Counter[str] = Counter()
+        found = set()
+        for each in sorted((each for each in candidates if each.busy), key=lambda one: one.since):
+            origin, most = each.origin, self._limits.busy_per_address
+            if each.inbound:
+                most *= self._limits.private_factor if origin.private else 1
+                if of_account[origin.account] >= most or of_subnet[origin.subnet] >= _SUBNET_SHARE * most:
+                    continue
+                of_account[origin.account] += 1
+                of_subnet[origin.subnet] += 1
+            found.add(each)
+        return found
+
     def _choose(self, candidates: list[Connection], newcomer: Standing, now: float) -> tuple[Connection, str] | None:
         idle_s = self._limits.idle_s
-        standings = [self.standing(connection, now) for connection in candidates]
+        protected = self._protected(candidates)
+        standings = [self.standing(each, now, protected=each in protected) for each in candidates]
         number = worst_of(enumerate(standings), idle_s)
         if number is None:
             return None

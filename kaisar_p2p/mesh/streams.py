@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 
 import trio
@@ -44,10 +45,14 @@ class MeshStream:
         self._unconfirmed = False
         self._held, self._holder = held, holder
         self._request_bytes = 0  # counted
+        self.on_used: Callable[[], None] = lambda: None  # a whole frame has come, or something is answered
+
+    def _take_part(self, size: int) -> None:
+        self._request_bytes += self._take(size)
 
     def _take(self, size: int) -> int:
-        """Count a frame if it is one that a peer makes us hold; what is to be given back."""
-        if self._held is None or size <= _SMALL_FRAME:
+        """Count bytes that a peer makes us hold; what is to be given back."""
+        if self._held is None:
             return 0
         if not self._held.try_take(self._holder, size, self._request_bytes):
             self._stream.reset_nowait()
@@ -76,7 +81,7 @@ class MeshStream:
         """Send one frame; `max_frame_bytes` is about what we receive, the peer has its own limit. LimitExceeded."""
         if len(frame) > _LARGEST_FRAME:
             raise LimitExceeded(f"a frame of {len(frame)} bytes exceeds {_LARGEST_FRAME}", hint="send it in parts")
-        taken = self._take(len(frame))
+        taken = self._take(len(frame)) if len(frame) > _SMALL_FRAME else 0
         try:
             await self._send(frame, len(frame).to_bytes(4, "big"))  # a copy with both would take as much again
         finally:
@@ -90,9 +95,10 @@ class MeshStream:
             self._stream.reset_nowait()
             raise RequestFailed(f"the peer announced a frame of {size} bytes, over the limit of {self.max_frame_bytes}")
         self._end_request()
-        self._request_bytes = self._take(size)
-        frame = await read_exactly(self._stream, size)
+        # What has come counts, not what was announced: a few bytes cannot take the place of others.
+        frame = await read_exactly(self._stream, size, self._take_part if size > _SMALL_FRAME else None)
         self.received_bytes += 4 + size
+        self.on_used()
         return frame
 
     async def send_some(self, data: bytes | bytearray | memoryview) -> None:
@@ -105,6 +111,7 @@ class MeshStream:
         except MuxedStreamError:  # MuxedStreamReset is one
             raise RequestFailed("the stream is closed") from None
         self.sent_bytes += len(head) + len(data)
+        self.on_used()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Some raw bytes; b"" when the peer has finished sending."""

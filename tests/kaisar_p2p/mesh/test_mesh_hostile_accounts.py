@@ -16,6 +16,7 @@ from kaisar_p2p.mesh.ids import key_pair_of
 from kaisar_p2p.mesh.limits import MeshLimits
 from kaisar_p2p.mesh.memory import Remembered
 from kaisar_p2p.mesh.network import Network
+from kaisar_p2p.mesh.pruning import Pruner
 from kaisar_p2p.mesh.reputation import BAN_POINTS, Reputation
 from kaisar_p2p.mesh.yamux_frames import NotAuthentic
 
@@ -125,6 +126,42 @@ async def test_a_relay_that_changes_bytes_bans_nobody(relayed: bool) -> None:
         network.on_offence(connection, NotAuthentic("changed"))  # type: ignore[arg-type]
     assert network.is_banned(KEY) is not relayed
     assert not network.is_origin_banned(relayed_origin(KEY, OTHER_RELAY))
+
+
+class Someone(SimpleNamespace):
+    __hash__ = object.__hash__
+
+
+class Full:
+    """A network whose inbound places are taken by busy peers, `each` from one public address."""
+
+    def __init__(self, each: int, *, subnet: bool = False) -> None:
+        self.limits, self.now, self.connections = MeshLimits(), 1000.0, []
+        self.door = Door(self.limits)
+        places = self.limits.connections - self.limits.outbound_reserved
+        for number in range(places):
+            host = f"8.8.8.{number // each}" if subnet else f"8.8.{number // each}.8"
+            self.connections.append(self.connection(host, since=float(number)))
+
+    def connection(self, host: str, since: float) -> SimpleNamespace:
+        self.door._of_subnet[origin_of(host).subnet] += 1
+        return Someone(
+            key=os.urandom(32), inbound=True, busy=True, origin=origin_of(host), since=since, useful_at=since
+        )
+
+    def open_connections(self, *, joining: bool = False) -> list[SimpleNamespace]:
+        return self.connections
+
+    def has_room(self) -> bool:
+        pruner = Pruner(self, self.limits, self.door)  # type: ignore[arg-type]
+        return pruner.has_room_for_inbound(origin_of("9.9.9.9"), self.now)
+
+
+def test_a_few_addresses_with_open_requests_do_not_hold_all_places() -> None:
+    limits = MeshLimits()
+    assert Full(each=limits.connections_per_address).has_room()
+    assert Full(each=limits.busy_per_address, subnet=True).has_room()
+    assert not Full(each=limits.busy_per_address).has_room(), "so many addresses are as many peers"
 
 
 def test_an_open_request_does_not_protect_who_misbehaves() -> None:

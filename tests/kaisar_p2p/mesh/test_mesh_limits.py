@@ -230,12 +230,13 @@ async def test_who_has_a_request_open_stays_while_another_can_go(lab, nursery) -
     finish = trio.Event()
 
     async def slow(stream: MeshStream) -> None:
+        await stream.receive_frame()
         await finish.wait()
 
     mesh.serve("/slow", slow, max_frame_bytes=10)
     busy, idle = await fill(mesh, nursery, 2)
     stream = busy.network.connection_to(mesh.key).muxer.open_stream_nowait()
-    await stream.write(proposal("/slow"))
+    await stream.write(proposal("/slow") + (2).to_bytes(4, "big") + b"do")
     await eventually(lambda: mesh._network.connection_to(busy.key).busy)
     for stranger in (busy, idle):
         mesh._network.connection_to(stranger.key).useful_at -= 1e6
@@ -352,14 +353,47 @@ async def test_what_served_streams_hold_is_limited_over_all_peers(lab) -> None:
         client.add_addresses(server.key, server.addrs)
         streams.append(await client.open_stream(server.key, "/swallow", timeout_s=10, max_frame_bytes=10))
     for stream in streams[:2]:
-        await stream.send_some((1 << 19).to_bytes(4, "big"))  # and no more: the frame never comes
-    await eventually(lambda: held.total == 1 << 20)
-    await streams[2].send_some((1 << 19).to_bytes(4, "big"))
+        await stream.send_some((1 << 19).to_bytes(4, "big") + bytes((1 << 19) - 1))  # the last byte never comes
+    await eventually(lambda: held.total == (1 << 20) - 2)
     with trio.fail_after(10), pytest.raises(RequestFailed):
+        await streams[2].send_some((1 << 19).to_bytes(4, "big") + bytes(1 << 19))
         await streams[2].receive_frame()
     for stream in streams:
         await stream.reset()
     await eventually(lambda: held.total == 0)
+
+
+async def test_what_is_only_announced_takes_nobodys_place(lab) -> None:
+    server, client = await lab.pair(served_bytes=1 << 20)
+
+    async def swallow(stream: MeshStream) -> None:
+        await stream.receive_frame()
+        await stream.send_frame(b"taken")
+
+    server.serve("/swallow", swallow, max_frame_bytes=1 << 20)
+    for _ in range(4):
+        stream = await client.open_stream(server.key, "/swallow", timeout_s=10, max_frame_bytes=10)
+        await stream.send_some((1 << 20).to_bytes(4, "big") + bytes(10))
+    await eventually(lambda: server._served_bytes.total == 40)
+    assert await client.request(server.key, "/swallow", bytes(9000), deadline_s=10, max_reply_bytes=10) == b"taken"
+
+
+async def test_a_stream_protects_a_peer_only_when_something_is_asked_on_it(lab) -> None:
+    server, client = await lab.pair()
+
+    async def tunnel(stream: MeshStream) -> None:
+        await stream.receive_frame()
+        await stream.receive_frame()
+
+    server.serve("/tunnel", tunnel, max_frame_bytes=1 << 19)
+    connection = server._network.connection_to(client.key)
+    await eventually(lambda: not connection.busy)
+    stream = await client.open_stream(server.key, "/tunnel", timeout_s=10, max_frame_bytes=10)
+    assert not connection.serving
+    await stream.send_frame(b"hello")
+    await eventually(lambda: connection.serving == 1)
+    await stream.reset()
+    await eventually(lambda: connection.serving == 0)
 
 
 async def test_a_request_counts_until_it_is_answered(lab) -> None:
