@@ -24,6 +24,8 @@ FLOOD_PEERS = 20  # that get our own messages directly
 HISTORY = 5  # heartbeats that a message can be asked for
 GOSSIPED = 3  # heartbeats that a message is offered
 PRUNE_BACKOFF_S = 60.0
+MAX_BACKOFF_S = 10 * PRUNE_BACKOFF_S
+_GRAFTS_PER_S = 2  # of a topic, from peers for which there is no place: what many peers may cost
 MAX_TOPICS_PER_PEER = 64
 MAX_OFFERED_IDS = 500  # in one IHAVE, and asked of one peer per heartbeat
 MAX_OFFERS = 10  # IHAVE messages of one peer per heartbeat
@@ -187,7 +189,7 @@ class Router:
             full = len(members) >= DEGREE_HIGH and not state.outbound
             if early or full or self._score(peer) < 0:
                 impatient |= early
-                self._refuse(answer, peer, topic, now)
+                self._refuse(answer, peer, topic, now, self._backoff_s if full else PRUNE_BACKOFF_S)
             else:
                 members.add(peer)
                 state.topics.add(topic)
@@ -197,12 +199,17 @@ class Router:
         self._wait(topic, peer, now + backoff_s)
         answer.prune.append((topic, backoff_s))
 
+    @property
+    def _backoff_s(self) -> float:
+        """After which a peer may ask again for a place that there was not: the more peers, the less often each."""
+        return min(max(PRUNE_BACKOFF_S, len(self._peers) // _GRAFTS_PER_S), MAX_BACKOFF_S)
+
     def on_prune(self, peer: bytes, topic: str, backoff_s: float, now: float) -> None:
         """A peer removed us from its mesh: do the same, and wait before asking again."""
         members = self.mesh.get(topic)
         if members is not None:
             members.discard(peer)
-            self._wait(topic, peer, now + min(max(backoff_s, 1.0), 10 * PRUNE_BACKOFF_S))
+            self._wait(topic, peer, now + min(max(backoff_s, 1.0), MAX_BACKOFF_S))
 
     def _wait(self, topic: str, peer: bytes, until: float) -> None:
         """No GRAFT before this time, ours or theirs."""
@@ -297,7 +304,7 @@ class Router:
         kept = outbound + [peer for peer in ranked if peer not in outbound][: DEGREE - len(outbound)]
         for peer in members.difference(kept):
             members.discard(peer)
-            self._refuse(out.setdefault(peer, Control()), peer, topic, now)
+            self._refuse(out.setdefault(peer, Control()), peer, topic, now, self._backoff_s)
 
     def _keep_outbound(self, topic: str, members: set[bytes], out: dict[bytes, Control], now: float) -> None:
         """Also in a mesh that is full: those who dial us cannot fill it and choose what we hear."""

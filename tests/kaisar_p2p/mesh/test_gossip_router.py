@@ -76,6 +76,18 @@ def test_a_graft_is_taken_until_the_mesh_is_full() -> None:
     assert len(refused) == 20 - gossipsub.DEGREE_HIGH
 
 
+def test_the_more_peers_want_a_place_the_less_often_each_may_ask() -> None:
+    made = router()
+    few = with_peers(made, 20, outbound=False)
+    assert {s for peer in few for _, s in made.on_graft(peer, [T], 0.0)[0].prune} == {60.0}
+    many = with_peers(made, 1000, outbound=False)
+    (last,) = made.on_graft(many[-1], [T], 0.0)[0].prune
+    assert last == (T, 500.0)
+    answer, impatient = made.on_graft(many[-1], [T], 499.0)
+    assert impatient and answer.prune
+    assert not made.on_graft(many[-1], [T], 1100.0)[1]
+
+
 def test_a_graft_during_backoff_is_refused_and_noted() -> None:
     made = router()
     (peer,) = with_peers(made, 1)
