@@ -67,11 +67,11 @@ async def idle_connections() -> list[Figure]:
         stack.callback(nursery.cancel_scope.cancel)
         for _ in range(_DIALERS):
             await _dialers(nursery, peer.addrs[0])
-        connected = len(await peer.peers())
         await trio.sleep(_SETTLE_S)
         before, _ = await peer.cpu()
         await trio.sleep(_IDLE_S)
         after, rss_bytes = await peer.cpu()
+        connected = len(await peer.peers())
     core, megabytes = (after - before) / _IDLE_S, rss_bytes / 1e6
     return [
         Figure(
