@@ -10,8 +10,13 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kaisar_p2p.mesh import Mesh, MeshStream, yamux_outbox
+from kaisar_p2p.mesh.connection import Connection
+from kaisar_p2p.mesh.negotiation import proposal
 from kaisar_p2p.mesh.noise import MAX_PLAINTEXT
+from kaisar_p2p.mesh.yamux_frames import HEADER, WINDOW
 from kaisar_p2p.mesh.yamux_outbox import CROWDED_BYTES, FAIR_BYTES, Outbox, SendingBytes
+from tests.kaisar_p2p.mesh.conftest import eventually
 
 MIB = 1 << 20
 
@@ -93,22 +98,39 @@ def test_what_is_held_is_counted_until_it_has_left(sizes: list[int], batches: in
     trio.run(run)
 
 
-async def test_answers_that_nobody_reads_do_not_add_up(lab) -> None:
-    """Ten peers ask for much and read nothing; another gets its answers, and memory is counted back to nothing."""
-    victim = await lab.mesh(sending_bytes=MIB // 2)
+async def deaf(lab: Any, victim: Mesh) -> Connection:
+    """A peer that asks for more than it may, and never reads a byte of TCP."""
+    connection: Connection = await lab.attacker(victim)
+    muxer = connection.muxer
+
+    async def nothing(_most: int) -> memoryview:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    for _ in range(8):
+        stream = muxer.open_stream_nowait()
+        muxer.enqueue(HEADER.pack(0, WINDOW, 0, stream.stream_id, 1 << 30))
+        await stream.write(proposal("/big") + bytes(4))
+    muxer._session.receive = nothing  # type: ignore[method-assign]
+    return connection
+
+
+async def test_who_reads_nothing_gives_way_and_others_get_their_answers(lab, monkeypatch) -> None:
+    monkeypatch.setattr(yamux_outbox, "_STUCK_S", 0.3)
+    victim, honest = await lab.pair(sending_bytes=MIB, target_peers=0)
     answer = os.urandom(2 * MIB)
 
-    async def serve(stream: Any) -> None:
+    async def serve(stream: MeshStream) -> None:
         await stream.receive_frame()
         await stream.send_frame(answer)
 
-    victim.serve("/big", serve, max_frame_bytes=1024)
+    victim.serve("/big", serve, max_frame_bytes=1024, rate_per_s=1000.0)
     sending = victim._network.upgrader.sending
-    assert sending.held == 0
-    honest = await lab.mesh()
-    honest.keep_connected(victim.key, victim.addrs)
-    with trio.fail_after(20):
-        await honest.wait_connected()
-        for _ in range(3):
+    attackers = [await deaf(lab, victim) for _ in range(4)]
+    await eventually(lambda: sending.too_many)
+    with trio.fail_after(30):
+        while victim.statistics().connections > 1:
             assert await honest.request(victim.key, "/big", b"", deadline_s=15, max_reply_bytes=4 * MIB) == answer
-    assert sending.held < FAIR_BYTES
+            assert sending.held < 2 * MIB
+    assert victim.is_connected(honest.key) and attackers
+    await eventually(lambda: sending.held == 0)
