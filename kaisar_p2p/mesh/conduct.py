@@ -15,6 +15,8 @@ from kaisar_p2p.mesh.yamux_frames import NotAuthentic, ProtocolViolation
 
 log = logging.getLogger(__name__)
 
+_BLAMELESS_POINTS = 1.0
+
 
 class Conduct:
     """Charges accounts for broken handshakes, frames and streams; answers for the accounts at the network's door."""
@@ -42,8 +44,12 @@ class Conduct:
         return self._account(direct[-1].origin) if direct else None
 
     def _is_origin_banned(self, origin: Origin) -> bool:
-        account = self._account(origin)
-        return account is not None and self.reputation.is_address_banned(account, trio.current_time())
+        """Not while somebody without blame is connected from there: then it is several, behind one NAT."""
+        account, now = self._account(origin), trio.current_time()
+        if account is None or not self.reputation.is_address_banned(account, now):
+            return False
+        from_there = (each.key for each in self._network.open_connections() if each.origin.account == account)
+        return not any(self.reputation.blame(key, None, now) < _BLAMELESS_POINTS for key in from_there)
 
     def _blame(self, key: bytes, origin: Origin) -> float:
         return self.reputation.blame(key, self._account(origin), trio.current_time())

@@ -31,7 +31,7 @@ from kaisar_p2p.mesh.admission import Door, Origin, Visitor, origin_of, relayed_
 from kaisar_p2p.mesh.connection import Connection, StreamHandler, TcpStream
 from kaisar_p2p.mesh.dialed_back import BACK_PROTOCOL, DialBackTransport, DialedBack
 from kaisar_p2p.mesh.ids import id_of, key_of
-from kaisar_p2p.mesh.limits import MeshLimits
+from kaisar_p2p.mesh.limits import MeshLimits, PeerBuckets
 from kaisar_p2p.mesh.pnet import CheckedStream, PreSharedKeyMismatch, protect, protect_circuit
 from kaisar_p2p.mesh.pruning import Pruner
 from kaisar_p2p.mesh.racing import Race
@@ -54,6 +54,7 @@ from multiaddr import Multiaddr  # isort: skip
 log = logging.getLogger(__name__)
 
 _GRACE_S = 0.5
+_BANNED_EVERY_S = 10.0  # one handshake from a banned address: others may be behind the same NAT
 _TOLD_MISMATCHES = 20  # log entries about other pre-shared keys; a stranger could cause any number
 _RETIRED_S = 10.0
 _RETIRED_RELAYED_S = 24 * 3600.0  # a tunnel that began before the direct connection goes on; the relay has limits
@@ -112,6 +113,7 @@ class Network(Swarm):
         self._outbound: set[Connection] = set()
         self._joining: set[Connection] = set()
         self.open_streams = 0  # inbound ones, of all connections
+        self._of_banned = PeerBuckets(1 / _BANNED_EVERY_S, 1)
         self.door = Door(limits)
         self.pruner = Pruner(self, limits, self.door)
         self._dialing: dict[bytes, trio.Event] = {}
@@ -272,7 +274,7 @@ class Network(Swarm):
                 await trio.aclose_forcefully(stream)
 
     def _refusal(self, origin: Origin, now: float) -> str | None:
-        if self.is_origin_banned(origin):
+        if self.is_origin_banned(origin) and not self._of_banned.try_take(origin.account.encode(), now):
             return "banned address"
         reason = self.door.refusal(origin, now)
         if reason is None and not self.pruner.has_room_for_inbound(origin, now):

@@ -47,6 +47,26 @@ async def test_a_lying_relay_bans_nobody_elsewhere() -> None:
     assert reputation.banned(trio.current_time()) == 1
 
 
+async def test_who_shares_an_address_with_an_attacker_still_gets_through() -> None:
+    """Failed handshakes ban the address of a whole NAT."""
+    network = Network(key_pair_of(os.urandom(32)), MeshLimits())
+    reputation = Conduct(network, lambda _key: False).reputation
+    nat, now = origin_of("8.8.8.8"), trio.current_time()
+    for _ in range(int(BAN_POINTS) + 5):
+        network.on_failed_handshake(nat)
+    assert [network._refusal(nat, now + 4 * step) for step in range(4)] == [
+        None,
+        "banned address",
+        "banned address",
+        None,
+    ]
+    connected = Someone(key=KEY, origin=nat, relayed=False)
+    network._open[KEY] = [connected]  # type: ignore[list-item]
+    assert not network.is_origin_banned(nat)
+    reputation.penalise(KEY, 20.0, trio.current_time())
+    assert network.is_origin_banned(nat)
+
+
 class Inn:
     def __init__(self) -> None:
         self.door, self.now, self.expelled = Door(LIMITS), 0.0, 0
