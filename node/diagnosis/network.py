@@ -15,6 +15,7 @@ _NOBODY_TO_ASK = (
     "peers on the internet are asked, and none has been so far; in a network without internet that is as it should be"
     " (to have it checked there too, name this machine's address in network.listen instead of 0.0.0.0)"
 )
+_PATIENCE = "wait a minute; in a LAN without internet it stays so, unless network.listen names an address of the LAN"
 _LIMIT_OF = {
     "connections": "connections",
     "address": "connections_per_address",
@@ -55,7 +56,7 @@ def check_reachability(findings: Findings, network: Answer) -> None:
         case _ if network["peers"]["connected"] and reach["checked_s"] is None:
             findings.ok("reachable", f"not known: {_NOBODY_TO_ASK}")
         case _:
-            hint = "" if network["peers"]["connected"] else "it needs a peer to ask"
+            hint = _PATIENCE if network["peers"]["connected"] else "it needs a peer to ask"
             findings.warn("reachable", f"not known yet: {how}", hint)
 
 
@@ -112,7 +113,7 @@ def check_helpers(findings: Findings, network: Answer) -> None:
             f"none is used; this node carries {carried['circuits']} connections of others,"
             f" {carried['reservations']} nodes hold a place",
         )
-    findings.ok("local network", "looked for peers by mDNS" if network["on_lan"] else "mDNS is off")
+    findings.ok("local network", "peers are looked for by mDNS" if network["on_lan"] else "mDNS is off")
 
 
 def check_clock(findings: Findings, network: Answer) -> None:

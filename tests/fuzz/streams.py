@@ -36,8 +36,8 @@ class FakeStream:
         if data:
             self._parts.append(data)
 
-    async def write(self, data: bytes | bytearray | memoryview) -> None:
-        self.written += len(data)
+    async def write(self, data: bytes | bytearray | memoryview, *, head: bytes = b"") -> None:
+        self.written += len(head) + len(data)
         assert self.written < _ANSWER_BYTES, "it answers without end"
 
     def write_nowait(self, data: bytes) -> bool:
