@@ -46,6 +46,7 @@ def network_view(node: Node) -> dict[str, Any]:
         },
         "banned": report.banned,
         "key_conflict": report.key_conflict,
+        "key_conflict_proven": report.key_conflict_proven,
         "refused": dict(counts.refused),
         "pruned": dict(counts.pruned),
         "drops": [

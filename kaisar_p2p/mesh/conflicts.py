@@ -3,7 +3,8 @@
 Neither connection is closed for the other: which one is right, nobody here can know, and two nodes that throw each
 other out would do so for ever. Whoever is connected with both says so in its log and tells both of them over
 ``/kaisar/key-in-use/1`` (one frame, no answer), because the two never meet: a node does not dial its own key. Gossip
-and requests for the key go to the newest connection.
+and requests for the key go to the newest connection. What one peer says about our own key is a claim; it is proven by a
+handshake with our key, by an address record that was signed with it and not by us, or by peers of two networks.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from kaisar_p2p.errors import MeshError
 from kaisar_p2p.mesh.connection import Connection
 from kaisar_p2p.mesh.limits import PeerBuckets
 from kaisar_p2p.mesh.network import Network
+from kaisar_p2p.mesh.reachability import voice_of
 from kaisar_p2p.mesh.streams import MeshStream
 from kaisar_p2p.wire.codec import AtMost, Exactly, decode, encode, message
 
@@ -32,6 +34,7 @@ _AGAIN_S = 600.0  # until the same thing is said again
 _CONFLICTS = 256
 _LOOKED_INTO = 16  # at a time
 _TELL_S = 10.0
+_VOICES = 2  # networks (/16, /32 of IPv6) that say so; one could lie
 
 
 @message(9)
@@ -54,9 +57,11 @@ class KeyConflicts:
         self._said: OrderedDict[bytes, float] = OrderedDict()  # by key, when
         self._looking: set[bytes] = set()  # keys
         self._heard = PeerBuckets(1 / 60, 2)
-        self._heard_at = -_AGAIN_S
+        self._heard_at = {False: -_AGAIN_S, True: -_AGAIN_S}
+        self._claimed: set[bytes] = set()  # networks whose peers say that our key is in use elsewhere
         self._found, self._to_check = trio.open_memory_channel[tuple[Connection, Connection]](16)
         self.own_key: str | None = None  # who else uses it, in one sentence
+        self.own_key_is_proven = False  # not only a claim of peers of one network
         network.on_own_key = self._on_own_key
 
     def found(self, other: Connection, newest: Connection) -> None:
@@ -111,18 +116,34 @@ class KeyConflicts:
             await stream.reset()
             return
         notice = decode(KeyInUse, await stream.receive_frame())
-        if notice.instance != self._own_instance:
-            self._conclude(f"peer {connection.key.hex()[:12]} is also connected with it at {notice.host!r}")
+        if notice.instance == self._own_instance:
+            return
+        # At private addresses and over relays anybody has any number of keys: they are one voice.
+        if len(self._claimed) < _VOICES:
+            self._claimed.add(voice_of(connection.remote_host, b""))
+        self._conclude(
+            f"peer {connection.key.hex()[:12]} is also connected with it at {notice.host!r}",
+            proven=len(self._claimed) >= _VOICES,
+        )
 
     def _on_own_key(self, host: str) -> None:
-        self._conclude(f"it dialed this node from {host}")
+        self._conclude(f"it dialed this node from {host}", proven=True)
 
-    def _conclude(self, how: str) -> None:
-        self.own_key = f"another process uses this node's machine key: {how}"
+    def on_twin(self) -> None:
+        """Peers have an address record that was signed with our key, by somebody else."""
+        self._conclude("it tells peers its own addresses, signed with the key", proven=True)
+
+    def _conclude(self, how: str, *, proven: bool) -> None:
+        if self.own_key_is_proven and not proven:
+            return
+        self.own_key_is_proven = proven
+        said = "another process uses this node's machine key"
+        self.own_key = f"{said}: {how}" if proven else f"a peer claims that {said}: {how}"
         now = trio.current_time()
-        if now - self._heard_at >= _AGAIN_S:
-            self._heard_at = now
-            log.error(
+        if now - self._heard_at[proven] >= _AGAIN_S:
+            self._heard_at[proven] = now
+            log.log(
+                logging.ERROR if proven else logging.WARNING,
                 "%s. Each gets a part of what is meant for the other, and both may sign what contradicts:"
                 " stop one of them, and give it a data directory with a key of its own",
                 self.own_key,

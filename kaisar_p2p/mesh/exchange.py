@@ -105,6 +105,7 @@ class PeerExchange:
         self.instance = secrets.token_bytes(8)
         self.on_met: Callable[[Connection], None] = lambda _connection: None
         self.on_foreign: Callable[[Connection], None] = lambda _connection: None
+        self.on_twin: Callable[[], None] = lambda: None  # another process signs with our key
         self._network = network
         self._own, self._own_key = own, own_key
         self._book = book
@@ -156,6 +157,8 @@ class PeerExchange:
         if record is None:
             return None
         if record.signer == self._own_key:
+            if self._own.proves_twin(record.message):
+                self.on_twin()
             self._own.surpass(record.message.sequence)
             return None
         self._book.take(record, _source(connection), trio.current_time())

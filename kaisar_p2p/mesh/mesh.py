@@ -138,6 +138,7 @@ class Mesh:
         self._host = Host(self._network, lambda: self.addrs)
         self._conflicts = KeyConflicts(self._network, self._tell, exchange.instance)
         self._network.on_key_conflict = self._conflicts.found
+        exchange.on_twin = self._conflicts.on_twin
         self._network.handlers[CONFLICT_PROTOCOL] = self._serve_conflict
         self._served_bytes = SharedBytes(config.limits.served_bytes)
         self._reach = reach_check_of(self._network, config, self._ask_reach, rng)
@@ -289,6 +290,7 @@ class Mesh:
             on_lan=self._lan is not None,
             banned=self._reputation.banned(trio.current_time()),
             key_conflict=self.key_conflict(),
+            key_conflict_proven=self._conflicts.own_key_is_proven,
             unreached=self._discovery.unreached(),
         )
 

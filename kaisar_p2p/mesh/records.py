@@ -9,6 +9,7 @@ nothing where the newer is known, and ends with its lifetime where it is not. Th
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -72,6 +73,9 @@ def open_record(data: bytes, network: bytes, now: float) -> Record:
     return record
 
 
+_REMEMBERED = 64  # records that we signed
+
+
 class OwnRecord:
     """This node's record: signed anew when something in it changes, and when a quarter of its life is over."""
 
@@ -90,6 +94,8 @@ class OwnRecord:
         self._sequence = 0
         self._told: AddressRecord | None = None
         self._envelope = b""
+        self._signed: deque[AddressRecord] = deque(maxlen=_REMEMBERED)
+        self._began = clock()
         self.services = 0
 
     def envelope(self) -> bytes:
@@ -115,6 +121,14 @@ class OwnRecord:
         self._sequence, self._told = sequence, None
         return True
 
+    def proves_twin(self, told: AddressRecord) -> bool:
+        """Another process signs with our key: a record that was issued since we began, and not by us.
+
+        What this node signed before a restart, perhaps with a clock that was ahead, proves nothing.
+        """
+        forgotten = len(self._signed) == _REMEMBERED and told.sequence < self._signed[0].sequence
+        return self._began < told.issued_at <= self._clock() + 1 and told not in self._signed and not forgotten
+
     def _is_old(self, told: AddressRecord, now: float) -> bool:
         return not 0 <= now - told.issued_at < self._lifetime_s / 4
 
@@ -124,6 +138,7 @@ class OwnRecord:
         self._told = AddressRecord(
             self._keys.public_key, self._sequence, addresses, max(0, int(now)), self._lifetime_s, self.services
         )
+        self._signed.append(self._told)
         self._envelope = seal(self._told, self._keys, self._network)
 
 

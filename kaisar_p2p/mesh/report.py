@@ -15,8 +15,9 @@ class MeshReport:
     `listening` are its addresses on its own interfaces, `port_mapping` a sentence on the router, `relays` the
     addresses at which relays take connections for it, `carrying` what it carries for others, `on_lan` whether it
     looks for peers on the local network, `banned` how many keys and addresses it refuses for misbehaviour,
-    `key_conflict` a sentence on another process with its machine key, None when there is none, `unreached` a sentence
-    on each of the first peers that a person named and that cannot be reached.
+    `key_conflict` a sentence on another process with its machine key, None when there is none, `key_conflict_proven`
+    whether that is more than a peer's claim, `unreached` a sentence on each of the first peers that a person named and
+    that cannot be reached.
     """
 
     reachability: Reachability
@@ -27,4 +28,5 @@ class MeshReport:
     on_lan: bool
     banned: int
     key_conflict: str | None
+    key_conflict_proven: bool = False
     unreached: tuple[str, ...] = ()

@@ -134,7 +134,8 @@ def check_clock(findings: Findings, network: Answer) -> None:
 def check_key(findings: Findings, network: Answer) -> None:
     """Another process with our key."""
     if network["key_conflict"]:
-        findings.fail("machine key", network["key_conflict"], "stop one of them, or make another data directory for it")
+        grade = findings.fail if network["key_conflict_proven"] else findings.warn
+        grade("machine key", network["key_conflict"], "stop one of them, or make another data directory for it")
     else:
         findings.ok("machine key", "no other process uses it, as far as peers have told")
 

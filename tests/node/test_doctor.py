@@ -193,10 +193,14 @@ def test_where_nobody_is_on_the_internet_reachability_is_no_warning(
     assert ("network without internet" in found["text"]) == (grade == "ok")
 
 
-def test_another_process_with_our_key_fails(served: Any, beside: Invoke) -> None:
-    served.node.report = replace(served.node.report, key_conflict="another process at 192.0.2.5 uses this key")
+@pytest.mark.parametrize(("proven", "code", "grade"), [(True, 1, "fail"), (False, 0, "warn")])
+def test_another_process_with_our_key_fails_unless_one_peer_claims_it(
+    served: Any, beside: Invoke, proven: bool, code: int, grade: str
+) -> None:
+    said = "another process at 192.0.2.5 uses this key"
+    served.node.report = replace(served.node.report, key_conflict=said, key_conflict_proven=proven)
     result = beside("doctor", "--json")
-    assert (result.code, by_check(result.out)["machine key"]["grade"]) == (1, "fail")
+    assert (result.code, by_check(result.out)["machine key"]["grade"]) == (code, grade)
 
 
 @pytest.mark.parametrize(("skew_s", "grade"), [(0.5, "ok"), (-11.0, "warn"), (3600.0, "fail"), (-3600.0, "fail")])

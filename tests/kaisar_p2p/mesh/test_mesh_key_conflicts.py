@@ -16,6 +16,8 @@ from kaisar_p2p.mesh.negotiation import proposal
 from kaisar_p2p.mesh.network import Network
 from kaisar_p2p.wire.codec import encode
 
+from libp2p.stream_muxer.exceptions import MuxedStreamEOF  # isort: skip
+
 
 async def eventually(condition, within_s: float = 15.0) -> None:
     with trio.fail_after(within_s):
@@ -36,12 +38,12 @@ async def twins_at(lab, hub: Mesh) -> list[Mesh]:
 async def test_both_processes_learn_that_their_key_is_in_use_elsewhere(lab, caplog) -> None:
     hub = await lab.mesh(target_peers=0, keepalive_s=0.2)
     twins = await twins_at(lab, hub)
-    await eventually(lambda: all(twin.key_conflict() is not None for twin in twins))
+    await eventually(lambda: all(twin.report().key_conflict_proven for twin in twins))  # by each other's records
     errors = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert len(errors) == 2
     assert all("data directory with a key of its own" in record.getMessage() for record in errors)
     assert hub.key_conflict() is None
-    assert hub.key.hex()[:12] in twins[0].key_conflict()
+    assert "signed with the key" in twins[0].key_conflict()
 
 
 async def test_both_connections_stay_and_no_more_are_made(lab) -> None:
@@ -83,6 +85,7 @@ async def test_whoever_dials_us_with_our_own_key_is_another_process(lab, caplog,
     with pytest.raises(Exception, match=r"."):
         await twin._dial_address(mesh.key, mesh._own_addresses()[0])
     await eventually(lambda: mesh.key_conflict() is not None)
+    assert mesh.report().key_conflict_proven
     assert "another process uses this node's machine key" in caplog.text
 
 
@@ -96,7 +99,26 @@ async def test_lies_about_our_key_are_logged_once(lab, caplog) -> None:
             await stream.write(proposal_of(notice))
             await stream.close_write()
     await eventually(lambda: mesh.key_conflict() is not None)
-    assert len([record for record in caplog.records if record.levelno == logging.ERROR]) == 1
+    assert not mesh.report().key_conflict_proven
+    assert "claims" in mesh.key_conflict()
+    told = [record for record in caplog.records if record.levelno >= logging.WARNING and "claims" in record.getMessage()]
+    assert [record.levelno for record in told] == [logging.WARNING]
+
+
+async def test_peers_of_two_networks_are_believed(lab, monkeypatch) -> None:
+    mesh = await lab.mesh(target_peers=0)
+    for host in ("8.8.8.8", "8.8.1.1", "9.9.9.9"):
+        connection = await lab.attacker(mesh)
+        assert not mesh.report().key_conflict_proven
+        ours = mesh._network.open_connections()[-1]
+        monkeypatch.setattr(ours.muxer, "get_remote_address", lambda host=host: (host, 1))
+        stream = connection.muxer.open_stream_nowait()
+        await stream.write(proposal_of(encode(KeyInUse(os.urandom(8), "192.0.2.1"))))
+        await stream.close_write()
+        with trio.fail_after(10), pytest.raises(MuxedStreamEOF):
+            while True:
+                await stream.read()
+    assert mesh.report().key_conflict_proven
 
 
 def proposal_of(notice: bytes) -> bytes:

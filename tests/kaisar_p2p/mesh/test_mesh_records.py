@@ -37,6 +37,23 @@ def test_a_record_is_opened_by_anybody() -> None:
     assert opened.signer == ALICE.public_key
 
 
+def test_only_another_process_with_our_key_proves_that_there_is_one() -> None:
+    clock = [float(NOW)]
+    own, twin = (
+        OwnRecord(ALICE, NETWORK, lambda: ("/ip4/192.0.2.1/tcp/4001",), 3600, lambda: clock[0]) for _ in range(2)
+    )
+    before = open_record(twin.envelope(), NETWORK, NOW).message
+    clock[0] += 10
+    told = [open_record(one.envelope(), NETWORK, NOW).message for one in (own, own)]
+    own.services = 1
+    told.append(open_record(own.envelope(), NETWORK, NOW).message)
+    twin.services = 2
+    assert [own.proves_twin(each) for each in told] == [False, False, False]
+    assert not own.proves_twin(before), "as old as this process: it may be from before a restart"
+    assert not own.proves_twin(replace(told[0], issued_at=NOW + 5000)), "a clock that was ahead then"
+    assert own.proves_twin(open_record(twin.envelope(), NETWORK, NOW).message)
+
+
 def test_nobody_signs_for_another_key() -> None:
     with pytest.raises(SignatureError):
         open_record(seal(record(), MALLORY, NETWORK), NETWORK, NOW)
