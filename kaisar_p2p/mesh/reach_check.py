@@ -309,7 +309,7 @@ class ReachCheck:
             for helper in self._helpers():
                 nursery.start_soon(self._ask_to_dial, helper, ports, asked)
         self._checked_at = trio.current_time()
-        if self._verdicts.judge(asked, self._trusted_hosts()):
+        if self._verdicts.judge(asked, self._trusted_hosts(), self._observed.agreed(self._checked_at)):
             log.info("others can%s: %s", _CAN[self._verdicts.status], self._verdicts.how)
             self.on_change(self.report)
         self._plan()
@@ -339,7 +339,7 @@ class ReachCheck:
 
     def _trusted_hosts(self) -> set[str]:
         mapped = self.mapped()
-        sure = {*self._hosts, *self._observed.agreed(trio.current_time()), *(a.host for a in self._announced)}
+        sure = {*self._hosts, *(a.host for a in self._announced)}
         return sure | ({mapped.host} if mapped is not None else set())
 
     @property

@@ -4,6 +4,8 @@ No sockets, no tasks; the time is an argument (seconds of one monotonic clock). 
 peers. Every peer may lie, so that
 
 * an address of ours is believed when observers of at least two networks name it, and more than half of them all;
+* it is told to others only when peers dialed us back there, by what more than half of those say that came through, and
+  not when that is another one than the observers'; addresses of interfaces and of the router need one of them;
 * "you can be dialed" counts only when a secret of ours came in over the dialed connection; "you cannot" is a vote;
 * one network (a /16, or a /32 of IPv6) has one voice, however many peers it has;
 * a verdict that is known changes at once only when three or more agree without exception, else at the second round.
@@ -187,11 +189,11 @@ class Verdicts:
         self.confirmed: tuple[Address, ...] = ()
         self._contradicted = 0
 
-    def judge(self, asked: Round, trusted_hosts: Iterable[str]) -> bool:
+    def judge(self, asked: Round, trusted_hosts: Iterable[str], observed_hosts: Iterable[str] = ()) -> bool:
         """Take a round into account; True when status or confirmed addresses have changed.
 
-        `trusted_hosts` are IP addresses that are ours for certain; one that is not among them is confirmed only when
-        peers of two voices reached us there.
+        `trusted_hosts` are IP addresses that are ours for certain, `observed_hosts` those that the observers agree on.
+        A secret that came in proves that we can be dialed, but not where: for that there is only the dialers' word.
         """
         before = (self.status, self.confirmed)
         opinion = asked.opinion
@@ -206,7 +208,7 @@ class Verdicts:
         if self.status != "public":
             self.confirmed = ()
         elif asked.reached:
-            self.confirmed = self._confirm(asked, set(trusted_hosts))
+            self.confirmed = self._confirm(asked, set(trusted_hosts), {kind_of(each): each for each in observed_hosts})
         return before != (self.status, self.confirmed)
 
     @property
@@ -219,10 +221,21 @@ class Verdicts:
         self.status, self.how, self.confirmed, self._contradicted = "unknown", Reachability.how, (), 0
 
     @staticmethod
-    def _confirm(asked: Round, trusted_hosts: set[str]) -> tuple[Address, ...]:
+    def _confirm(asked: Round, trusted_hosts: set[str], observed: dict[str, str]) -> tuple[Address, ...]:
         voices = Counter(address for addresses in asked.reached.values() for address in addresses)
-        believed = [a for a, count in voices.most_common() if a.host in trusted_hosts or count >= OBSERVERS_AGREE]
-        return tuple(believed[:CONFIRMED])
+        of_host = Counter(host for told in asked.reached.values() for host in {address.host for address in told})
+
+        def is_believed(address: Address) -> bool:
+            if address.host in trusted_hosts:
+                return True
+            same_kind = sum(count for host, count in of_host.items() if kind_of(host) == address.kind)
+            agreed = observed.get(address.kind)
+            enough = 1 if agreed == address.host else OBSERVERS_AGREE
+            return (
+                agreed in (None, address.host) and voices[address] >= enough and 2 * of_host[address.host] > same_kind
+            )
+
+        return tuple(address for address, _ in voices.most_common() if is_believed(address))[:CONFIRMED]
 
 
 def _how(asked: Round) -> str:

@@ -173,6 +173,25 @@ def test_nobody_can_claim_that_a_private_node_is_public(honest: int, liars: int)
     assert verdicts.status == "private"
 
 
+@given(honest=st.integers(3, 5), liars=st.integers(1, 2), observed=st.booleans())
+def test_two_who_dial_us_back_do_not_say_where_against_the_others(honest: int, liars: int, observed: bool) -> None:
+    elsewhere, verdicts = Address("ip4", "9.9.9.9", 4001), Verdicts()
+    asked = round_of(honest, 0)
+    asked.reached.update({voice(500 + n): {elsewhere} for n in range(liars)})
+    verdicts.judge(asked, (), (AT.host,) if observed else ())
+    assert verdicts.confirmed == (AT,)
+
+
+def test_what_is_observed_is_told_only_when_somebody_dialed_us_back_there() -> None:
+    verdicts = Verdicts()
+    verdicts.judge(Round(strangers={voice(1)}), (), (AT.host,))
+    assert (verdicts.status, verdicts.confirmed) == ("public", ())
+    verdicts.judge(round_of(2, 0, Address("ip4", "9.9.9.9", 4001)), (), (AT.host,))
+    assert verdicts.confirmed == (), "two say something else than the observers"
+    verdicts.judge(round_of(1, 0), (), (AT.host,))
+    assert verdicts.confirmed == (AT,)
+
+
 def test_one_contradicting_round_does_not_turn_the_verdict_two_do() -> None:
     verdicts = Verdicts()
     assert verdicts.judge(round_of(2, 0), {AT.host})
