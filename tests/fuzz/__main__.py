@@ -32,6 +32,14 @@ async def _replay(wanted: str, data: bytes) -> None:
             print(f"{target.name}: as it should be")
 
 
+def _input(replay: str) -> bytes:
+    """What `--replay` names: a file, or the digits themselves."""
+    try:
+        return bytes.fromhex(Path(replay).read_text() if Path(replay).is_file() else replay)
+    except (ValueError, OSError):
+        raise typer.BadParameter(f"{replay!r:.80} is neither a file nor hex digits", param_hint="--replay") from None
+
+
 def main(
     inputs: int = typer.Option(1_000_000, min=1, help="In all."),
     seed: int = typer.Option(0, help="The same seed, the same inputs; 0 takes a new one."),
@@ -39,12 +47,15 @@ def main(
     replay: str = typer.Option("", help="Run one input, in hex, or the file that has it."),
 ) -> None:
     """Try many inputs; the exit code is 1 when one of them raised what it must not, took memory, or hung."""
+    names = ["all", *dict.fromkeys(name for family in FAMILIES.items() for name in (family[0], *family[1]))]
+    if target not in names:
+        raise typer.BadParameter(f"there is no {target!r}; there are: {', '.join(names)}", param_hint="--target")
+    data = _input(replay)
     seed = seed or time.time_ns() % 1_000_000_007
     began = time.monotonic()
     try:
         if replay:
-            text = Path(replay).read_text() if Path(replay).is_file() else replay
-            trio.run(_replay, target, bytes.fromhex(text.strip()))
+            trio.run(_replay, target, data)
             return
         tallies = trio.run(_search, target, inputs, seed)
     except FuzzFailure as failure:

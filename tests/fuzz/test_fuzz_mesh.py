@@ -6,7 +6,10 @@ import random
 
 import pytest
 import trio
+import typer
+from typer.testing import CliRunner
 
+from tests.fuzz.__main__ import main
 from tests.fuzz.engine import FuzzFailure, Tally, Target, chunks, fuzz, make_input, try_one
 from tests.fuzz.targets import FAMILIES, opened_targets
 
@@ -77,3 +80,17 @@ def test_the_same_seed_gives_the_same_inputs() -> None:
     assert first == second and len(set(first)) > 100
     for data in first:
         assert b"".join(chunks(data)) == data
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (["--target", "nope"], "there is no 'nope'"),
+        (["--target", "framing", "--replay", "no-such-file"], "neither a file"),
+    ],
+)
+def test_what_cannot_be_run_is_told_without_a_traceback(arguments: list[str], cause: str) -> None:
+    app = typer.Typer()
+    app.command()(main)
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "300", "TERM": "dumb"})
+    assert (result.exit_code, cause in result.output) == (2, True)
