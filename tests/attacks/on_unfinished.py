@@ -37,6 +37,7 @@ async def _half_data(peer: RawPeer) -> None:
 
 
 async def _half_noise(peer: RawPeer) -> None:
+    await peer._sending.acquire()  # for ever: an answer of ours would be the frame's end
     await peer.tcp.send_all(b"\xff\xff" + os.urandom(65_000))
 
 
