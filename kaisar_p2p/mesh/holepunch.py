@@ -6,7 +6,8 @@ other from those at the same moment, so that each NAT takes what comes in for an
 The direct connection takes over; streams that have begun on the relayed one end there. What failed is tried again
 while the relayed connection lasts: after 1, 5 and every 30 minutes, and when our addresses or the peer's change.
 
-What a peer can make us do: dial four public addresses, `punches_per_s`; all peers together, twenty times that.
+What a peer can make us do: dial four public addresses, `punches_per_s`, eight times at once; all peers together,
+twenty times that. Private addresses are never dialed, so that nobody leads us to services of our own network.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ _WITNESSES = 3  # peers asked how they see us
 _ROUND_S = 10.0  # of waiting for the other's messages
 _PUNCH_S = 4.0  # one simultaneous dial
 _AT_ONCE = 8  # peers
+_BURST = 8.0  # rounds of dialing that a peer can cause at once
 _AGAIN_S = (60.0, 300.0, 1800.0)  # after a failure; the last one again and again
 
 _FAILURES = (RequestFailed, PeerUnreachable, MuxedStreamError, MuxedConnUnavailable, trio.TooSlowError)
@@ -81,8 +83,8 @@ class HolePunch:
         self._upgrading: set[bytes] = set()
         self._identities: WeakKeyDictionary[Connection, Identity] = WeakKeyDictionary()
         rate = network.limits.punches_per_s
-        self._of_peer = PeerBuckets(rate, max(4.0, 4 * rate))
-        self._of_all = PeerBuckets(20 * rate, max(16.0, 40 * rate), peers=1)
+        self._of_peer = PeerBuckets(rate, max(_BURST, 4 * rate))  # an upgrade takes four: dialing back, three tries
+        self._of_all = PeerBuckets(20 * rate, max(4 * _BURST, 40 * rate), peers=1)
         self._nursery: trio.Nursery | None = None
         network.handlers[DCUTR] = self._follow
 
@@ -183,6 +185,8 @@ class HolePunch:
 
     async def _punch_as_leader(self, connection: Connection) -> None:
         for _ in range(_TRIES):
+            if not self._may_dial(connection.key):
+                raise PeerUnreachable("enough was dialed for this peer")
             addresses, rtt_s = await self._arrange(connection)
             await trio.sleep(rtt_s / 2)  # the signal is on its way
             if await self._dial_at_once(connection.key, addresses, initiator=False):

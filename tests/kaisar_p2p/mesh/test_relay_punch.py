@@ -187,7 +187,19 @@ async def test_a_peer_cannot_make_us_punch_all_the_time(internet) -> None:
             except Exception:  # noqa: BLE001  (reset in the middle of any step)
                 continue
         await eventually(lambda: not follower._relaying._punch._upgrading)
-    assert rounds <= 5
+    assert rounds <= 9
+
+
+@pytest.mark.usefixtures("from_listening_ports")
+async def test_a_peer_cannot_make_us_lead_all_the_time(internet) -> None:
+    """Each round of dialing counts, not only the first of four."""
+    follower, leader = await _relayed_pair(internet)
+    punch, ports = leader._relaying._punch, [mesh._network.bound[0].port for mesh in (leader, follower)]
+    for _ in range(5):
+        await eventually(lambda: punch._waiting and not punch._upgrading, within_s=20)
+        leader._announcer.on_woken()
+    await eventually(lambda: punch._waiting and not punch._upgrading, within_s=20)
+    assert _between(internet, ports).count((ports[0], ports[1])) <= 5
 
 
 async def test_who_leads_is_fixed(internet) -> None:
