@@ -34,6 +34,14 @@ def test_growth_after_the_warm_up_is_not_flat() -> None:
     assert _verdicts(0.0, 1.0)["open files per minute"] is False
 
 
+@pytest.mark.parametrize(("minutes", "verdict"), [(1, None), (30, False)])
+def test_caches_that_fill_are_no_leak_of_a_short_run(minutes: int, verdict: bool | None) -> None:
+    soak = Soak(cycles=0, minutes=minutes)
+    soak._mixed_samples = [Sample(minutes * n / 60, 60_000 + 3000 * minutes * n / 60, 12, 40) for n in range(61)]
+    judged = {figure["figure"]: figure.get("ok") for figure in soak.figures()}
+    assert judged["memory per minute of mixed traffic"] is verdict
+
+
 def test_a_short_run() -> None:
     app = typer.Typer()
     app.command()(main)
