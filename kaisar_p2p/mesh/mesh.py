@@ -220,6 +220,7 @@ class Mesh:
     def _on_woken(self) -> None:
         """Interfaces came or went, or the machine was suspended."""
         self._discovery.wake()
+        self._mapping.wake()
         self._relaying.on_woken()
 
     def _wake(self) -> None:

@@ -47,6 +47,11 @@ class PortMapping:
         self._bound, self._rng, self._target = bound, rng, target or SSDP
         self._gateway: Gateway | None = None
         self._lease_s = LEASE_S
+        self._woken = trio.Event()
+
+    def wake(self) -> None:
+        """The network may be another: ask now, whatever router there is."""
+        self._woken.set()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Ask, renew, ask again; gives the port back when cancelled."""
@@ -58,17 +63,27 @@ class PortMapping:
                 try:
                     await self._renew()
                     failures = 0
-                    await trio.sleep(self._lease_s / 2 if self._lease_s else LEASE_S / 2)
+                    await self._pause(self._lease_s / 2 if self._lease_s else LEASE_S / 2)
                 except RouterRefused as error:
                     self._lost(error.message)
                     failures = min(failures + 1, 16)
                     delay_s = min(_RETRY_S * 2**failures, _RETRY_MAX_S)
-                    await trio.sleep(delay_s * self._rng.uniform(0.5, 1.0))
+                    if await self._pause(delay_s * self._rng.uniform(0.5, 1.0)):
+                        failures = 0
         except Exception as error:  # the edge of the task: without it the node goes on
             log.exception("port mapping ends")
             self._lost(f"a mistake in this program: {error}")
         finally:
             await self._give_back()
+
+    async def _pause(self, delay_s: float) -> bool:
+        """Sleep; whether it was for less, because we were woken."""
+        with trio.move_on_after(delay_s):
+            await self._woken.wait()
+        woken = self._woken.is_set()
+        if woken:
+            self._woken, self._gateway = trio.Event(), None
+        return woken
 
     async def _renew(self) -> None:
         port, hosts = self._ours()

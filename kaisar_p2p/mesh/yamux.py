@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from kaisar_p2p.mesh import compat as _compat  # noqa: F401  (before libp2p)
+from kaisar_p2p.mesh.failure_log import FailureLog
 from kaisar_p2p.mesh.keepalive import Keeper, Liveness
 from kaisar_p2p.mesh.limits import MeshLimits, TokenBucket
 from kaisar_p2p.mesh.noise import READ_BYTES, NoiseSession
@@ -45,6 +46,7 @@ from libp2p.stream_muxer.exceptions import MuxedConnUnavailable  # isort: skip
 from multiaddr import Multiaddr  # isort: skip
 
 log = logging.getLogger(__name__)
+failures = FailureLog(log)
 
 __all__ = ["MuxedStream", "Muxer", "ProtocolViolation"]
 
@@ -282,7 +284,7 @@ class Muxer(IMuxedConn):
 
     def give_way(self) -> None:
         """End: others need the memory."""
-        log.warning("connection with %s ends: it does not read, and too much waits to be sent", self.peer_id)
+        failures.warning("connection with %s ends: it does not read, and too much waits to be sent", self.peer_id)
         self.abort()
 
     async def _write_loop(self) -> None:

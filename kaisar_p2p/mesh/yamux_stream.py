@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from kaisar_p2p.mesh import compat as _compat  # noqa: F401  (before libp2p)
+from kaisar_p2p.mesh.failure_log import FailureLog
 from kaisar_p2p.mesh.yamux_frames import (
     DATA,
     FIN,
@@ -30,7 +31,7 @@ from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError, Mux
 if TYPE_CHECKING:
     from kaisar_p2p.mesh.yamux import Muxer
 
-log = logging.getLogger(__name__)
+failures = FailureLog(logging.getLogger(__name__))
 
 __all__ = ["FRAME_BYTES", "ConnectionOver", "MuxedStream", "ProtocolViolation", "ReceivedBytes"]
 
@@ -345,7 +346,7 @@ class MuxedStream(IMuxedStream):
         memory.held += len(data)
         self._connection.unread_bytes += len(data)
         if memory.to_blame(self._received_bytes, self._connection.unread_bytes):
-            log.warning("stream of %s reset: too much is waiting to be read", self._connection.peer_id)
+            failures.warning("stream of %s reset: too much is waiting to be read", self._connection.peer_id)
             self.reset_nowait()
         if self._readable is not None:
             self._readable.set()

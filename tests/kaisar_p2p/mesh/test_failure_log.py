@@ -7,6 +7,14 @@ import pytest
 from kaisar_p2p.mesh.failure_log import FailureLog
 
 
+def test_a_warning_about_anybody_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    failures = FailureLog(logging.getLogger("sample"))
+    with caplog.at_level(logging.INFO, "sample"):
+        for number in range(100):
+            failures.warning("stream of %s reset", number)
+    assert [record.getMessage() for record in caplog.records] == ["stream of 0 reset"]
+
+
 def test_a_bug_that_peers_call_up_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     failures = FailureLog(logging.getLogger("sample"))
     with caplog.at_level(logging.INFO, "sample"):

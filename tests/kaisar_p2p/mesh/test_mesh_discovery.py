@@ -106,6 +106,37 @@ async def test_two_that_dial_each_other_settle_on_one_connection(lab) -> None:
             assert (await at_b.receive()).data == b"x"
 
 
+async def test_however_many_dials_meet_one_connection_stays_from_the_first_to_the_last(lab) -> None:
+    for round_of in range(4):
+        a, b = [await lab.mesh(target_peers=0, connections_per_key=8) for _ in range(2)]
+        gone: list[int] = []
+        for mesh in (a, b):
+            whole = mesh._network.on_disconnected
+
+            def on_disconnected(connection, mesh=mesh, whole=whole, gone=gone) -> None:
+                whole(connection)
+                gone.append(mesh._network.connection_count)
+
+            mesh._network.on_disconnected = on_disconnected
+        async with trio.open_nursery() as nursery:
+            for dialer, dialed, times in ((a, b, 3), (b, a, round_of)):
+                for _ in range(times):
+                    nursery.start_soon(dialer._network.dial_direct, dialed.key, dialed._network.bound)
+        await eventually(lambda a=a, b=b: a.statistics().connections == b.statistics().connections == 1)
+        assert 0 not in gone
+
+
+async def test_what_is_said_on_a_retired_connection_retires_no_other(lab) -> None:
+    a, b = await lab.mesh(target_peers=0), await lab.mesh(target_peers=0)
+    first = await a._network.dial_direct(b.key, b._network.bound)
+    second = await a._network.dial_direct(b.key, b._network.bound)
+    await eventually(lambda: first.retired)
+    for mesh, peer in ((a, b), (b, a)):
+        for connection in mesh._network.connections_with(peer.key):
+            assert not [each for each in mesh._discovery._settling.surplus_with(connection) if each is second]
+    assert not second.retired
+
+
 async def test_two_nodes_with_one_key_are_told_apart_and_named(lab, caplog) -> None:
     hub, other = await lab.mesh(target_peers=0), await lab.mesh(target_peers=0)
     at_hub = hub.subscribe("advert", accept)

@@ -133,6 +133,15 @@ async def test_a_port_is_mapped_with_a_lease_and_given_back(router: FakeRouter, 
     assert router.mapped == {}
 
 
+async def test_another_network_is_noticed_when_woken(router: FakeRouter, nursery) -> None:
+    one = mapping(router)
+    nursery.start_soon(one.run)
+    await eventually(lambda: one.external is not None)
+    router.mapped.clear()  # it is another router
+    one.wake()
+    await eventually(lambda: 4001 in router.mapped)
+
+
 async def test_a_lease_is_renewed(router: FakeRouter, nursery, monkeypatch) -> None:
     monkeypatch.setattr(upnp, "LEASE_S", 1)
     one = mapping(router)
