@@ -4,7 +4,7 @@ https://github.com/libp2p/specs/blob/master/relay/DCUtR.md. Whoever received the
 the public addresses of the other (A); failing that both tell how others see their listening ports, and dial each
 other from those at the same moment, so that each NAT takes what comes in for an answer. A starts the handshakes.
 The direct connection takes over; streams that have begun on the relayed one end there. What failed is tried again
-while the relayed connection lasts: after 1, 5 and every 30 minutes, and when our addresses or the peer's change.
+while the relayed connection lasts: after 15 s, 1, 5 and every 30 minutes, and when our addresses or the peer's change.
 
 What a peer can make us do: dial four public addresses, `punches_per_s`, eight times at once; all peers together,
 twenty times that. Private addresses are never dialed, so that nobody leads us to services of our own network.
@@ -50,7 +50,7 @@ _ROUND_S = 10.0  # of waiting for the other's messages
 _PUNCH_S = 4.0  # one simultaneous dial
 _AT_ONCE = 8  # peers
 _BURST = 8.0  # rounds of dialing that a peer can cause at once
-_AGAIN_S = (60.0, 300.0, 1800.0)  # after a failure; the last one again and again
+_AGAIN_S = (15.0, 60.0, 300.0, 1800.0)  # after a failure; the last one again and again
 
 _FAILURES = (RequestFailed, PeerUnreachable, MuxedStreamError, MuxedConnUnavailable, trio.TooSlowError)
 
@@ -80,7 +80,9 @@ class HolePunch:
         self._network = network
         self._known, self._confirmed, self._rng = known, confirmed, rng
         self._waiting: dict[Connection, _Waiting] = {}
-        self._upgrading: set[bytes] = set()
+        self._own = bytes(network.get_peer_id().to_bytes()[6:])
+        self._upgrading: set[bytes] = set()  # where we lead
+        self._following: set[bytes] = set()
         self._identities: WeakKeyDictionary[Connection, Identity] = WeakKeyDictionary()
         rate = network.limits.punches_per_s
         self._of_peer = PeerBuckets(rate, max(_BURST, 4 * rate))  # an upgrade takes four: dialing back, three tries
@@ -224,11 +226,13 @@ class HolePunch:
     # -- following ----------------------------------------------------------------------------------------------------
 
     async def _follow(self, connection: Connection, stream: MuxedStream) -> None:
-        """The peer behind the relay leads."""
-        if not connection.relayed or connection.inbound or connection.key in self._upgrading:
+        """The peer behind the relay leads. When both have dialed each other and want to, the larger key does."""
+        key = connection.key
+        is_ours = key in self._upgrading and self._own > key
+        if not connection.relayed or connection.inbound or is_ours or key in self._following:
             stream.reset_nowait()
             return
-        self._upgrading.add(connection.key)
+        self._following.add(key)
         try:
             for _ in range(_TRIES):
                 if not await self._follow_once(connection, stream):
@@ -238,7 +242,7 @@ class HolePunch:
             log.debug("%s stays behind a relay: %s", connection.key.hex()[:12], error)
             stream.reset_nowait()
         finally:
-            self._upgrading.discard(connection.key)
+            self._following.discard(key)
 
     async def _follow_once(self, connection: Connection, stream: MuxedStream) -> bool:
         """One try; whether the leader may start another on this stream."""

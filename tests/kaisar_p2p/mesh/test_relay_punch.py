@@ -91,6 +91,19 @@ def soon(monkeypatch) -> None:
     monkeypatch.setattr(holepunch, "_AGAIN_S", (0.1, 0.2))
 
 
+@pytest.mark.usefixtures("from_listening_ports")
+async def test_two_that_dial_each_other_at_once_agree_on_who_leads(internet) -> None:
+    internet.punchable = True
+    relay = await internet.relay()
+    a, b = await internet.hidden_node(relay), await internet.hidden_node(relay)
+    introduce(a, b)
+    introduce(b, a)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(echoed, a, b)
+        nursery.start_soon(echoed, b, a)
+    await eventually(lambda: relayed(a, b) == relayed(b, a) == [False], within_s=10)
+
+
 @pytest.mark.usefixtures("soon")
 async def test_what_failed_is_tried_again(stuck_pair: tuple[Mesh, Mesh]) -> None:
     follower, leader = stuck_pair
@@ -186,7 +199,7 @@ async def test_a_peer_cannot_make_us_punch_all_the_time(internet) -> None:
                     rounds += 1
             except Exception:  # noqa: BLE001  (reset in the middle of any step)
                 continue
-        await eventually(lambda: not follower._relaying._punch._upgrading)
+        await eventually(lambda: not follower._relaying._punch._following)
     assert rounds <= 9
 
 
