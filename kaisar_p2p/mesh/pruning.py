@@ -82,7 +82,8 @@ class Pruner:
         connections = self._network.open_connections(joining=True)
         if len(connections) >= self._limits.connections:
             return True
-        most = max(1, self._limits.connections - self._limits.outbound_reserved)
+        # Who lowers `connections` alone still lets others in.
+        most = max(1, self._limits.connections // 2, self._limits.connections - self._limits.outbound_reserved)
         return inbound and sum(connection.inbound for connection in connections) >= most
 
     def _protected(self, candidates: list[Connection]) -> set[Connection]:

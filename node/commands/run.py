@@ -97,7 +97,7 @@ def _announce(node: Node) -> None:
     from node.api.address import read_address
 
     roles = ", ".join(node.roles)
-    addrs = " ".join(node.mesh.addrs)
+    addrs = " ".join(node.mesh.addrs) or "no address: it only dials others"
     print(
         f"{roles} {short(node.key)} is ready at {addrs}, API {read_address(node.config.data_directory).url}", flush=True
     )

@@ -45,6 +45,9 @@ def check_configuration(findings: Findings, directory: Path) -> Config | None:
         return None
     swarm = "private swarm" if mesh.pre_shared_key is not None else "open network"
     findings.ok("configuration", f"roles {', '.join(config.node.roles) or 'none'}; {swarm}")
+    key = config.pre_shared_key_path
+    if key is not None and key.stat().st_mode & 0o077:
+        findings.warn("swarm key", f"other users of this machine can read {key}", f"chmod 600 {key}")
     return config
 
 

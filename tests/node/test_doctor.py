@@ -81,6 +81,14 @@ def test_a_broken_configuration_is_the_last_thing_looked_at(made: Invoke, tmp_pa
     assert (found["grade"], found["hint"]) == ("fail", "did you mean connections?")
 
 
+def test_a_swarm_key_that_others_can_read_is_found(kaisar: Invoke, tmp_path: Path) -> None:
+    assert kaisar("init", "--no-passphrase", "--private", "--listen", "/ip4/127.0.0.1/tcp/0").code == 0
+    assert "swarm key" not in by_check(kaisar("doctor", "--json").out)
+    (tmp_path / "home" / "swarm.key").chmod(0o644)
+    found = by_check(kaisar("doctor", "--json").out)["swarm key"]
+    assert found["grade"] == "warn" and found["hint"].startswith("chmod 600 ")
+
+
 def test_missing_files_are_found(made: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KAISAR_PROVIDER_RUNTIME", "process")
     home = tmp_path / "home"

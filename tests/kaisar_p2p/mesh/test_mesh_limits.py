@@ -180,6 +180,12 @@ async def test_inbound_connections_leave_room_for_those_that_we_dial(lab, nurser
     assert mesh.statistics().connections == 6
 
 
+async def test_half_of_few_connections_is_for_others_whatever_is_reserved(lab, nursery) -> None:
+    mesh = await lab.mesh(connections=4, outbound_reserved=32, target_peers=0)
+    await fill(mesh, nursery, 2)
+    assert not await Stranger(nursery).is_let_in(mesh)
+
+
 async def test_who_is_of_no_use_gives_way_but_nobody_is_replaced_for_being_there_first(lab, nursery) -> None:
     mesh = await lab.mesh(connections=4, outbound_reserved=1, idle_s=1000.0, target_peers=0)
     strangers = await fill(mesh, nursery, 3)
