@@ -3,8 +3,9 @@
 https://github.com/libp2p/specs/blob/master/relay/DCUtR.md. Whoever received the relayed connection (B) leads: it dials
 the public addresses of the other (A); failing that both tell how others see their listening ports, and dial each
 other from those at the same moment, so that each NAT takes what comes in for an answer. A starts the handshakes.
-The direct connection takes over; streams that have begun on the relayed one end there. What failed is tried again
-while the relayed connection lasts: after 15 s, 1, 5 and every 30 minutes, and when our addresses or the peer's change.
+The direct connection takes over; streams that have begun on the relayed one go on there, for a day at most. What
+failed is tried again while the relayed connection lasts: after 15 s, 1, 5 and every 30 minutes, and when our addresses
+or the peer's change.
 
 What a peer can make us do: dial four public addresses, `punches_per_s`, eight times at once; all peers together,
 twenty times that. Private addresses are never dialed, so that nobody leads us to services of our own network.
