@@ -15,7 +15,7 @@ _NOBODY_TO_ASK = (
     "peers on the internet are asked, and none has been so far; in a network without internet that is as it should be"
     " (to have it checked there too, name this machine's address in network.listen instead of 0.0.0.0)"
 )
-_PATIENCE = "wait a minute; in a LAN without internet it stays so, unless network.listen names an address of the LAN"
+_PATIENCE = "wait a minute: peers are asked again and again"
 _LIMIT_OF = {
     "connections": "connections",
     "address": "connections_per_address",
@@ -61,8 +61,11 @@ def check_reachability(findings: Findings, network: Answer) -> None:
 
 
 def _advice(network: Answer) -> str:
-    inside = [_host_and_port(text) for text in network["listening"]]
-    host, port = next(((h, p) for h, p in inside if h not in ("127.0.0.1", "::1")), ("this machine", "the node's port"))
+    listening = [_host_and_port(text) for text in network["listening"]]
+    inside = [(host, port) for host, port in listening if host not in ("127.0.0.1", "::1")]
+    if not inside:
+        return "no other machine can: set network.listen to more than loopback, such as /ip4/0.0.0.0/tcp/4001"
+    host, port = inside[0]
     relays = len(network["relays"])
     meanwhile = (
         f"or leave it: {relays} relay{'s carry' if relays > 1 else ' carries'} connections meanwhile"
@@ -104,7 +107,7 @@ def check_helpers(findings: Findings, network: Answer) -> None:
     findings.ok("router", f"UPnP: {network['port_mapping']}")
     relays, carried = network["relays"], network["relaying"]
     if relays:
-        findings.ok("relays", f"{len(relays)} take connections for this node: {', '.join(relays)}")
+        findings.ok("relays", f"{len(relays)} for this node, which is dialed there: {', '.join(relays)}")
     elif network["reachability"]["status"] == "private":
         findings.warn("relays", "none takes connections for this node", "nodes that can be reached relay: join one")
     else:

@@ -190,6 +190,16 @@ def test_a_node_behind_a_router_learns_what_to_forward(
     )
 
 
+@pytest.mark.parametrize("listening", [(), ("/ip4/127.0.0.1/tcp/4001",)])
+def test_a_node_that_listens_on_loopback_only_has_nothing_to_forward(
+    served: Any, beside: Invoke, listening: tuple[str, ...]
+) -> None:
+    hidden = Reachability("private", (), "none of 1 peers that were asked to dial us back came through", 0.0)
+    served.node.report = replace(served.node.report, reachability=hidden, listening=listening)
+    hint = by_check(beside("doctor", "--json").out)["reachable"]["hint"]
+    assert "network.listen" in hint and "forward" not in hint
+
+
 @pytest.mark.parametrize(("checked_at", "grade"), [(None, "ok"), (0.0, "warn")])
 def test_where_nobody_is_on_the_internet_reachability_is_no_warning(
     served: Any, beside: Invoke, checked_at: float | None, grade: str
