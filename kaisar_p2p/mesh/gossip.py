@@ -25,6 +25,7 @@ from kaisar_p2p.mesh.gossip_queues import LEAST_IMPORTANT
 from kaisar_p2p.mesh.gossip_router import MAX_OFFERED_IDS, MAX_TOPICS_PER_PEER, Control, Router
 from kaisar_p2p.mesh.gossip_seen import AuthorSequences, SeenMessages
 from kaisar_p2p.mesh.gossip_sending import PROTOCOL, Outbox
+from kaisar_p2p.mesh.gossip_turns import Turns
 from kaisar_p2p.mesh.gossip_unfinished import Unfinished, UnfinishedRpcs
 from kaisar_p2p.mesh.gossip_wire import MalformedGossip, Published
 from kaisar_p2p.mesh.network import Network
@@ -65,6 +66,7 @@ class Gossip:
         self._authors = AuthorSequences(limits.authors, limits.seen_s, limits.author_s)
         self._subscriptions: dict[str, Subscription] = {}  # by full topic
         self._outbox = Outbox(network, rng, self._announcement, self._router.remove_peer)
+        self._turns = Turns()
         self._intake = Intake(limits, self._conclude, self._on_lost)
         self._rpc_bytes = max(_LARGEST_RPC, 2 * limits.message_bytes)
         most = max(limits.unfinished_bytes, self._rpc_bytes)
@@ -209,24 +211,38 @@ class Gossip:
             now = trio.current_time()
             received_at = time.time() - (now - stream.waiting_since)  # our own backlog is not the sender's delay
             wait_s = link.bytes_bucket.take(len(data), now)
+            await self._turns.rest()
             self._intake.begin_turn()
-            rpcs = reader.feed(data)
-            if reader.unfinished_bytes or part.size:
-                self._unfinished.update(part, reader.unfinished_bytes, now)
-            for rpc in rpcs:
-                await self._on_rpc(sender, link, rpc, received_at)
+            rpcs = reader.feed(data, _CHUNK)
+            while True:
+                if reader.unfinished_bytes or part.size:
+                    self._unfinished.update(part, reader.unfinished_bytes, now)
+                for rpc in rpcs:
+                    await self._on_rpc(sender, link, rpc, received_at)
+                if len(rpcs) < _CHUNK:
+                    break
+                rpcs = reader.more(_CHUNK)
             if wait_s > 0 or self._intake.crowded:
                 await trio.sleep(max(wait_s, _CROWDED_S))
 
     async def _on_rpc(self, sender: bytes, link: Link, rpc: bytes, received_at: float) -> None:
+        began = time.perf_counter()
         messages, fields = wire.split(rpc)
         cost = self._on_rest(sender, wire.rest_of(fields)) if fields else 0.0
+        if not rpc:
+            cost = _DUPLICATE_COST
         for start in range(0, max(1, len(messages)), _CHUNK):
             cost += self._on_messages(sender, link, messages[start : start + _CHUNK], received_at)
             wait_s = link.messages_bucket.take(cost, trio.current_time())
             cost = 0.0
+            now = time.perf_counter()
+            if self._turns.spend(now - began):
+                await self._turns.rest()
+                now = time.perf_counter()
+            began = now
             if wait_s > 0:
                 await trio.sleep(wait_s)
+                began = time.perf_counter()
 
     def _on_messages(self, sender: bytes, link: Link, messages: list[bytes], received_at: float) -> float:
         """Admit what is new; what the messages cost, in messages, for the sender's rate."""
@@ -346,9 +362,10 @@ class Gossip:
         for prune in control.prune[:MAX_TOPICS_PER_PEER]:
             self._router.on_prune(sender, prune.topicID, float(prune.backoff or 60), now)
         if control.ihave:
-            offers = [(offer.topicID, offer.messageIDs[:MAX_OFFERED_IDS]) for offer in control.ihave]
+            first = control.ihave[:MAX_TOPICS_PER_PEER]
+            offers = [(offer.topicID, offer.messageIDs[:MAX_OFFERED_IDS]) for offer in first]
             self._send_control(sender, self._router.on_ihave(sender, offers, self._seen.__contains__, now))
-        for request in control.iwant:
+        for request in control.iwant[:MAX_TOPICS_PER_PEER]:
             ids = request.messageIDs[:MAX_OFFERED_IDS]
             for message_id, topic, entry in self._router.on_iwant(sender, ids):
                 self._outbox.send(message_id, topic, entry, (sender,), self._priority(topic), own=True)

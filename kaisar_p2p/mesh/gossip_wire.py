@@ -212,14 +212,15 @@ class FrameReader:
         self._max_bytes = max_bytes
         self._buffer = bytearray()  # the RPC that is not complete
         self._missing = 0  # bytes before it is worth looking again
+        self._data, self._start = b"", 0  # that were fed and not looked at
 
     @property
     def unfinished_bytes(self) -> int:
         """Of an RPC that is not complete."""
         return len(self._buffer)
 
-    def feed(self, data: bytes) -> list[bytes]:
-        """The RPCs that `data` completes; raises MalformedGossip."""
+    def feed(self, data: bytes, most: int | None = None) -> list[bytes]:
+        """The first `most` RPCs that `data` completes, and all others from `more`; raises MalformedGossip."""
         if self._missing > len(data):
             self._buffer += data
             self._missing -= len(data)
@@ -228,13 +229,22 @@ class FrameReader:
             self._buffer += data
             data = bytes(self._buffer)
             self._buffer.clear()
+        self._data, self._start = data, 0
+        return self.more(most)
+
+    def more(self, most: int | None = None) -> list[bytes]:
+        """The next RPCs of what was fed last; none when that is over."""
         rpcs: list[bytes] = []
-        start, size = 0, len(data)
-        while (bounds := self._next_bounds(data, start)) is not None:
+        data, start = self._data, self._start
+        while len(rpcs) != most:
+            bounds = self._next_bounds(data, start)
+            if bounds is None:
+                self._buffer += data[start:]
+                self._data, start = b"", 0
+                break
             rpcs.append(data[bounds[0] : bounds[1]])
             start = bounds[1]
-        if start < size:
-            self._buffer += data[start:]
+        self._start = start
         return rpcs
 
     def _next_bounds(self, data: bytes, offset: int) -> tuple[int, int] | None:

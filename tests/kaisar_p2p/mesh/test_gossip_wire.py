@@ -158,3 +158,15 @@ def test_a_frame_that_comes_byte_by_byte_costs_its_size(size: int) -> None:
     reader = wire.FrameReader(4000)
     got = [rpc for at in range(len(frame)) for rpc in reader.feed(frame[at : at + 1])]
     assert [wire.frame(rpc) for rpc in got] == [frame]
+
+
+@given(st.lists(st.binary(max_size=50), max_size=20), st.integers(1, 30), st.integers(1, 5))
+def test_rpcs_are_taken_a_few_at_a_time(rpcs: list[bytes], step: int, most: int) -> None:
+    reader, stream, got = wire.FrameReader(100), b"".join(map(wire.frame, rpcs)), []
+    for start in range(0, len(stream), step):
+        few = reader.feed(stream[start : start + step], most)
+        while few:
+            assert len(few) <= most
+            got += few
+            few = reader.more(most)
+    assert got == rpcs
