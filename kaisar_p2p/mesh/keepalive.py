@@ -8,10 +8,13 @@ not back after two seconds makes the connection doubtful: it lives on, but what 
 
 from __future__ import annotations
 
+import logging
 import secrets
 from typing import Protocol
 
 import trio
+
+log = logging.getLogger(__name__)
 
 _MEASURED_EVERY = 20  # keepalive intervals
 _DEAD_AFTER = 1.75  # times keepalive_s
@@ -27,7 +30,10 @@ class Kept(Protocol):
     tend_at: float
 
     def tend(self, now: float) -> None:
-        """Do what is due at trio time `now`; raises nothing."""
+        """Do what is due at trio time `now`."""
+
+    def abort(self) -> None:
+        """End the connection at once."""
 
 
 class Keeper:
@@ -52,7 +58,15 @@ class Keeper:
             await trio.sleep_until(planned)
             now = trio.current_time()
             for kept in [kept for kept in self._kept if kept.tend_at <= now]:
-                kept.tend(now)
+                self._tend(kept, now)
+
+    def _tend(self, kept: Kept, now: float) -> None:
+        try:
+            kept.tend(now)
+        except Exception:  # the edge of a task that all connections share: a bug of ours costs the one it met
+            log.exception("a connection could not be looked after, and ends")
+            self.discard(kept)
+            kept.abort()
 
 
 class Liveness:

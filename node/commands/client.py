@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 100.0
 """A ledger call waits for finality, an order for offers first."""
+READ_TIMEOUT_S = 15.0
+"""What only looks waits for the node's turn, and for events as long as it asks to."""
 
 
 class Refused(KaisarError):
@@ -39,6 +41,7 @@ class NodeClient:
 
         self._directory = data_directory
         address = read_address(data_directory)
+        self._reading_s = min(answer_s, READ_TIMEOUT_S)
         self._http = httpx.Client(
             base_url=address.url,
             headers={"Authorization": f"Bearer {address.token}"},
@@ -56,11 +59,11 @@ class NodeClient:
 
     def get(self, path: str, **query: str | int) -> Any:
         """The JSON answer to a GET."""
-        return self._json("GET", path, params=query)
+        return self._json("GET", path, params=query, timeout=self._reading_s + int(query.get("wait_s", 0)))
 
     def get_text(self, path: str) -> str:
         """The text of an answer to a GET."""
-        return self._send("GET", path).text
+        return self._send("GET", path, timeout=self._reading_s).text
 
     def post(self, path: str, **body: object) -> Any:
         """The JSON answer to a POST of an object."""

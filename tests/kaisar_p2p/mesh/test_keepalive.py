@@ -21,8 +21,13 @@ class Peer:
         self.pings: list[float] = []
         self.dead: tuple[float, str] | None = None
         self.tend_at = 0.0
+        self.fails = self.aborted = False
+
+    def abort(self) -> None:
+        self.aborted = True
 
     def tend(self, now: float) -> None:
+        assert not self.fails, "a bug"
         if now < self.talks:
             self.last_received = now
         reason = self.liveness.look(now, self.last_received)
@@ -120,3 +125,14 @@ async def test_after_our_own_pause_peers_have_time_to_answer(autojump_clock) -> 
     for tick in range(4, 20):
         reason = peer.liveness.look(now + 3600 + tick, now)
     assert reason is not None
+
+
+async def test_a_bug_of_ours_costs_one_connection(keeper: Keeper, autojump_clock, caplog) -> None:
+    broken, sound = Peer(), Peer(answers=1000)
+    broken.fails = True
+    keeper.add(broken)
+    keeper.add(sound)
+    await trio.sleep(3 * _KEEPALIVE_S)
+    assert broken.aborted
+    assert "could not be looked after" in caplog.text
+    assert sound.pings and sound.dead is None and not sound.aborted
