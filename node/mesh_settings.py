@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kaisar_p2p.errors import ConfigError
 from kaisar_p2p.mesh import MeshConfig, MeshLimits
-from kaisar_p2p.mesh.pnet import parse_key
+from kaisar_p2p.mesh.transport.pnet import parse_key
 from node.config import Config
 from node.settings import Table, closest
 

@@ -16,7 +16,7 @@ from benchmarks.peers.interface import CIRCUIT, NETWORK, PeerConfig, PeerFailed
 from benchmarks.peers.operations import HANDLERS, ByteStream, Operations, StreamWasReset
 from kaisar_p2p.errors import KaisarError, RequestFailed
 from kaisar_p2p.mesh import GossipMessage, Mesh, MeshConfig, MeshLimits, MeshStream, open_mesh, peer_of
-from kaisar_p2p.mesh.addresses import parse_any
+from kaisar_p2p.mesh.discovery.addresses import parse_any
 from kaisar_p2p.wire.verdict import Verdict
 
 _MANY = 1_000_000

@@ -46,7 +46,7 @@ ABSENT_OR_UNUSED: dict[str, str] = {
     "libp2p.kad_dht": "DHT",
     "libp2p.discovery": "mDNS, UPnP and the library's bootstrap; kaisar_p2p.mesh.discovery replaces them",
     "libp2p.peer.persistent": "peerstores on disk",
-    "libp2p.relay": "the library's relays; kaisar_p2p.mesh.relaying replaces them",
+    "libp2p.relay": "the library's relays; kaisar_p2p.mesh.reach.relaying replaces them",
     "libp2p.security.secio": "obsolete security transport",
     "libp2p.security.tls": "TLS security transport",
     "libp2p.transport.quic": "QUIC transport",

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import trio
 
 from kaisar_p2p.errors import DecodeError
-from kaisar_p2p.mesh.addresses import AnyAddress
-from kaisar_p2p.mesh.admission import origin_of
-from kaisar_p2p.mesh.negotiation import BrokenNegotiation, respond
-from kaisar_p2p.mesh.noise import PROTOCOL_ID as NOISE_ID
-from kaisar_p2p.mesh.yamux import Muxer
-from kaisar_p2p.mesh.yamux_stream import MuxedStream
+from kaisar_p2p.mesh.discovery.addresses import AnyAddress
+from kaisar_p2p.mesh.guard.admission import origin_of
+from kaisar_p2p.mesh.transport.negotiation import BrokenNegotiation, respond
+from kaisar_p2p.mesh.transport.noise import PROTOCOL_ID as NOISE_ID
+from kaisar_p2p.mesh.transport.yamux import Muxer
+from kaisar_p2p.mesh.transport.yamux_stream import MuxedStream
 
 from libp2p.connection_types import ConnectionType  # isort: skip
 from libp2p.custom_types import TProtocol  # isort: skip

@@ -9,10 +9,10 @@ import trio
 
 from kaisar_p2p.errors import RequestFailed
 from kaisar_p2p.mesh.connection import Connection
-from kaisar_p2p.mesh.negotiation import read_exactly
 from kaisar_p2p.mesh.network import Network
 from kaisar_p2p.mesh.protobuf import varint
-from kaisar_p2p.mesh.yamux_stream import MuxedStream
+from kaisar_p2p.mesh.transport.negotiation import read_exactly
+from kaisar_p2p.mesh.transport.yamux_stream import MuxedStream
 
 from libp2p.custom_types import TProtocol  # isort: skip
 from libp2p.host.basic_host import BasicHost  # isort: skip

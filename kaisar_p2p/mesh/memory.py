@@ -10,8 +10,8 @@ from typing import Protocol
 import trio
 
 from kaisar_p2p.errors import KaisarError
-from kaisar_p2p.mesh.address_book import AddressBook
-from kaisar_p2p.mesh.reputation import Reputation
+from kaisar_p2p.mesh.discovery.address_book import AddressBook
+from kaisar_p2p.mesh.guard.reputation import Reputation
 
 log = logging.getLogger(__name__)
 

@@ -15,35 +15,36 @@ import trio
 from nacl.signing import SigningKey
 
 from kaisar_p2p.errors import LimitExceeded, MeshError, PeerUnreachable, RequestFailed, ungrouped
-from kaisar_p2p.mesh import dialback, discovery
-from kaisar_p2p.mesh.address_book import AddressBook
-from kaisar_p2p.mesh.addresses import AnyAddress, is_loopback, local_addresses, parse, with_peer
-from kaisar_p2p.mesh.announce import OwnAddresses
-from kaisar_p2p.mesh.conduct import Conduct
-from kaisar_p2p.mesh.conflicts import FRAME_BYTES as CONFLICT_BYTES
-from kaisar_p2p.mesh.conflicts import PROTOCOL as CONFLICT_PROTOCOL
-from kaisar_p2p.mesh.conflicts import KeyConflicts
 from kaisar_p2p.mesh.connection import Connection
-from kaisar_p2p.mesh.discovery import Discovery
-from kaisar_p2p.mesh.exchange import PeerExchange
+from kaisar_p2p.mesh.discovery import discovery
+from kaisar_p2p.mesh.discovery.address_book import AddressBook
+from kaisar_p2p.mesh.discovery.addresses import AnyAddress, is_loopback, local_addresses, parse, with_peer
+from kaisar_p2p.mesh.discovery.announce import OwnAddresses
+from kaisar_p2p.mesh.discovery.discovery import Discovery
+from kaisar_p2p.mesh.discovery.exchange import PeerExchange
+from kaisar_p2p.mesh.discovery.mdns import LocalNetwork
+from kaisar_p2p.mesh.discovery.records import RELAY, RENDEZVOUS, OwnRecord, network_id
 from kaisar_p2p.mesh.failure_log import FailureLog
-from kaisar_p2p.mesh.gossip import Gossip, GossipMessage, Validator
+from kaisar_p2p.mesh.gossip.pubsub import Gossip, GossipMessage, Validator
+from kaisar_p2p.mesh.guard.conduct import Conduct
+from kaisar_p2p.mesh.guard.conflicts import FRAME_BYTES as CONFLICT_BYTES
+from kaisar_p2p.mesh.guard.conflicts import PROTOCOL as CONFLICT_PROTOCOL
+from kaisar_p2p.mesh.guard.conflicts import KeyConflicts
 from kaisar_p2p.mesh.host import Host
 from kaisar_p2p.mesh.ids import key_pair_of
 from kaisar_p2p.mesh.limits import MeshConfig, PeerBuckets, SharedBytes
-from kaisar_p2p.mesh.mdns import LocalNetwork
 from kaisar_p2p.mesh.memory import MeshMemory, Remembered
-from kaisar_p2p.mesh.negotiation import confirm, proposal
 from kaisar_p2p.mesh.network import Network
-from kaisar_p2p.mesh.reach_check import reach_check_of
-from kaisar_p2p.mesh.reachability import Reachability
-from kaisar_p2p.mesh.records import RELAY, RENDEZVOUS, OwnRecord, network_id
-from kaisar_p2p.mesh.relay import RelayStatistics
-from kaisar_p2p.mesh.relaying import Relaying
+from kaisar_p2p.mesh.reach import dialback
+from kaisar_p2p.mesh.reach.reach_check import reach_check_of
+from kaisar_p2p.mesh.reach.reachability import Reachability
+from kaisar_p2p.mesh.reach.relay import RelayStatistics
+from kaisar_p2p.mesh.reach.relaying import Relaying
+from kaisar_p2p.mesh.reach.upnp import PortMapping, wants_mapping
 from kaisar_p2p.mesh.report import MeshReport
 from kaisar_p2p.mesh.streams import MeshStream
-from kaisar_p2p.mesh.upnp import PortMapping, wants_mapping
-from kaisar_p2p.mesh.yamux_stream import MuxedStream
+from kaisar_p2p.mesh.transport.negotiation import confirm, proposal
+from kaisar_p2p.mesh.transport.yamux_stream import MuxedStream
 from kaisar_p2p.wire.crypto import KeyPair
 
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamError  # isort: skip

@@ -25,18 +25,18 @@ from functools import partial
 import trio
 
 from kaisar_p2p.errors import ConfigError, KaisarError, PeerUnreachable, PortUnavailable
-from kaisar_p2p.mesh import tcp as sockets
-from kaisar_p2p.mesh.addresses import Address, AnyAddress, CircuitAddress, parse
-from kaisar_p2p.mesh.admission import Door, Origin, Visitor, origin_of, relayed_origin
 from kaisar_p2p.mesh.connection import Connection, StreamHandler, TcpStream
-from kaisar_p2p.mesh.dialed_back import BACK_PROTOCOL, DialBackTransport, DialedBack
+from kaisar_p2p.mesh.discovery.addresses import Address, AnyAddress, CircuitAddress, parse
+from kaisar_p2p.mesh.discovery.racing import Race
+from kaisar_p2p.mesh.guard.admission import Door, Origin, Visitor, origin_of, relayed_origin
+from kaisar_p2p.mesh.guard.pruning import Pruner
 from kaisar_p2p.mesh.ids import id_of, key_of
 from kaisar_p2p.mesh.limits import MeshLimits, PeerBuckets
-from kaisar_p2p.mesh.pnet import CheckedStream, PreSharedKeyMismatch, protect, protect_circuit
-from kaisar_p2p.mesh.pruning import Pruner
-from kaisar_p2p.mesh.racing import Race
-from kaisar_p2p.mesh.upgrade import Upgrader
-from kaisar_p2p.mesh.yamux import Muxer
+from kaisar_p2p.mesh.reach.dialed_back import BACK_PROTOCOL, DialBackTransport, DialedBack
+from kaisar_p2p.mesh.transport import tcp as sockets
+from kaisar_p2p.mesh.transport.pnet import CheckedStream, PreSharedKeyMismatch, protect, protect_circuit
+from kaisar_p2p.mesh.transport.upgrade import Upgrader
+from kaisar_p2p.mesh.transport.yamux import Muxer
 
 from libp2p.abc import IMuxedConn  # isort: skip
 from libp2p.connection_types import ConnectionType  # isort: skip

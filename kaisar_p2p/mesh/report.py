@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kaisar_p2p.mesh.reachability import Reachability
-from kaisar_p2p.mesh.relay import RelayStatistics
+from kaisar_p2p.mesh.reach.reachability import Reachability
+from kaisar_p2p.mesh.reach.relay import RelayStatistics
 
 
 @dataclass(frozen=True)

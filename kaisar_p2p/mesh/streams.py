@@ -9,8 +9,8 @@ import trio
 
 from kaisar_p2p.errors import LimitExceeded, RequestFailed
 from kaisar_p2p.mesh.limits import SharedBytes
-from kaisar_p2p.mesh.negotiation import confirm, read_exactly
-from kaisar_p2p.mesh.yamux_stream import MuxedStream
+from kaisar_p2p.mesh.transport.negotiation import confirm, read_exactly
+from kaisar_p2p.mesh.transport.yamux_stream import MuxedStream
 
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError, MuxedStreamReset  # isort: skip
 

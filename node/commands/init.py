@@ -108,7 +108,7 @@ def _swarm_key(private: bool, file: Path | None) -> str | None:
         return new_swarm_key()
     if file is None:
         return None
-    from kaisar_p2p.mesh.pnet import format_key
+    from kaisar_p2p.mesh.transport.pnet import format_key
     from node.mesh_settings import read_swarm_key
 
     return format_key(read_swarm_key(file.expanduser()))

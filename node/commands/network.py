@@ -29,7 +29,7 @@ def write_swarm_key(path: Path, text: str) -> None:
 
 def new_swarm_key() -> str:
     """The text of a key file with a fresh key."""
-    from kaisar_p2p.mesh.pnet import KEY_BYTES, format_key
+    from kaisar_p2p.mesh.transport.pnet import KEY_BYTES, format_key
 
     return format_key(secrets.token_bytes(KEY_BYTES))
 

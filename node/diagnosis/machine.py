@@ -83,7 +83,7 @@ def check_ledger(findings: Findings, config: Config, now_s: float) -> None:
 
 def check_ports(findings: Findings, config: Config) -> None:
     """The addresses to listen on are free, while no node of ours runs."""
-    from kaisar_p2p.mesh.addresses import parse
+    from kaisar_p2p.mesh.discovery.addresses import parse
 
     for text in config.network.listen:
         try:

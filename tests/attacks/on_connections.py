@@ -11,7 +11,7 @@ from typing import Any
 import trio
 from nacl.signing import SigningKey
 
-from kaisar_p2p.mesh.noise_handshake import Handshake
+from kaisar_p2p.mesh.transport.noise_handshake import Handshake
 from tests.attacks.raw_peer import MULTISTREAM, RawPeer, identity_of, line
 from tests.attacks.target import SECONDS, Target, another_address, until
 

@@ -11,7 +11,7 @@ from typing import Any
 import trio
 from nacl.signing import SigningKey
 
-from kaisar_p2p.mesh import gossip_wire as wire
+from kaisar_p2p.mesh.gossip import wire
 from tests.attacks.raw_peer import RawPeer, peer_id, rpc_frame, topic
 from tests.attacks.target import SECONDS, Target, until
 

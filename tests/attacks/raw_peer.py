@@ -11,9 +11,9 @@ import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from nacl.signing import SigningKey
 
-from kaisar_p2p.mesh import gossip_wire as wire
+from kaisar_p2p.mesh.gossip import wire
 from kaisar_p2p.mesh.ids import id_bytes_of
-from kaisar_p2p.mesh.noise_handshake import SIGNED_PREFIX, Established, Handshake, Identity, nonce_of
+from kaisar_p2p.mesh.transport.noise_handshake import SIGNED_PREFIX, Established, Handshake, Identity, nonce_of
 
 from libp2p.pubsub.pb import rpc_pb2  # isort: skip
 

@@ -11,23 +11,15 @@ import trio
 from nacl.signing import SigningKey
 
 from kaisar_p2p.errors import ConfigError, DecodeError, MeshError, PeerUnreachable, SignatureError
-from kaisar_p2p.mesh import (
-    Mesh,
-    MeshConfig,
-    MeshLimits,
-    MeshStream,
-    addresses,
-    circuit_wire,
-    exchange,
-    open_mesh,
-    pnet,
-    records,
-)
-from kaisar_p2p.mesh import gossip_wire as wire
+from kaisar_p2p.mesh import Mesh, MeshConfig, MeshLimits, MeshStream, open_mesh
 from kaisar_p2p.mesh.connection import Connection
+from kaisar_p2p.mesh.discovery import addresses, exchange, records
+from kaisar_p2p.mesh.gossip import wire
 from kaisar_p2p.mesh.ids import id_of
-from kaisar_p2p.mesh.negotiation import proposal
-from kaisar_p2p.mesh.yamux_frames import ProtocolViolation
+from kaisar_p2p.mesh.reach import circuit_wire
+from kaisar_p2p.mesh.transport import pnet
+from kaisar_p2p.mesh.transport.negotiation import proposal
+from kaisar_p2p.mesh.transport.yamux_frames import ProtocolViolation
 from kaisar_p2p.wire import codec
 from kaisar_p2p.wire.crypto import KeyPair
 from kaisar_p2p.wire.envelope import seal

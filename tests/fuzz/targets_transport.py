@@ -11,9 +11,9 @@ from nacl.signing import SigningKey
 
 from kaisar_p2p.errors import RequestFailed
 from kaisar_p2p.mesh.limits import MeshLimits
-from kaisar_p2p.mesh.negotiation import confirm, proposal, respond
-from kaisar_p2p.mesh.noise import Decryption
-from kaisar_p2p.mesh.noise_handshake import (
+from kaisar_p2p.mesh.transport.negotiation import confirm, proposal, respond
+from kaisar_p2p.mesh.transport.noise import Decryption
+from kaisar_p2p.mesh.transport.noise_handshake import (
     SIGNED_PREFIX,
     Established,
     Handshake,
@@ -22,9 +22,9 @@ from kaisar_p2p.mesh.noise_handshake import (
     nonce_of,
     read_payload,
 )
-from kaisar_p2p.mesh.yamux import Muxer
-from kaisar_p2p.mesh.yamux_frames import ConnectionOver, ProtocolViolation
-from kaisar_p2p.mesh.yamux_stream import MuxedStream
+from kaisar_p2p.mesh.transport.yamux import Muxer
+from kaisar_p2p.mesh.transport.yamux_frames import ConnectionOver, ProtocolViolation
+from kaisar_p2p.mesh.transport.yamux_stream import MuxedStream
 from tests.fuzz.engine import Target, chunks
 from tests.fuzz.streams import FakeStream
 

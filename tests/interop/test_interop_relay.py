@@ -8,8 +8,8 @@ import pytest
 import trio
 
 from benchmarks.peers.interface import CIRCUIT, Peer, PeerFailed, digest_of
-from kaisar_p2p.mesh.addresses import Address, parse
 from kaisar_p2p.mesh.connection import TcpStream
+from kaisar_p2p.mesh.discovery.addresses import Address, parse
 from kaisar_p2p.mesh.ids import id_of
 from tests.interop.conftest import Lab, OurPeer, eventually
 

@@ -19,9 +19,10 @@ from typing import Any
 import trio
 
 from kaisar_p2p.errors import KaisarError
-from kaisar_p2p.mesh import Mesh, MeshConfig, MeshLimits, MeshStream, holepunch, open_mesh
-from kaisar_p2p.mesh.addresses import parse_any
+from kaisar_p2p.mesh import Mesh, MeshConfig, MeshLimits, MeshStream, open_mesh
 from kaisar_p2p.mesh.connection import Connection
+from kaisar_p2p.mesh.discovery.addresses import parse_any
+from kaisar_p2p.mesh.reach import holepunch
 from kaisar_p2p.wire.verdict import Verdict
 from tests.netns.namespaces import enter
 

@@ -18,7 +18,7 @@ from immutables import Map
 from kaisar_p2p.errors import MeshError, OrderRefused, RequestFailed
 from kaisar_p2p.identity import ss58_encode
 from kaisar_p2p.mesh import MeshReport, Reachability
-from kaisar_p2p.mesh.relay import RelayStatistics
+from kaisar_p2p.mesh.reach.relay import RelayStatistics
 from node.api.address import ApiAddress
 from node.config import Config
 from node.index import Index

@@ -9,8 +9,8 @@ from dataclasses import replace
 import trio
 
 from kaisar_p2p.mesh import Mesh, MeshConfig, MeshLimits, MeshStream, open_mesh
-from kaisar_p2p.mesh.addresses import Address
 from kaisar_p2p.mesh.connection import TcpStream
+from kaisar_p2p.mesh.discovery.addresses import Address
 from tests.kaisar_p2p.mesh.conftest import eventually
 
 LIMITS = MeshLimits(heartbeat_s=0.1, keepalive_s=1.0, exchange_s=0.5, target_peers=0)

@@ -11,11 +11,12 @@ import trio
 from libp2p.pubsub.pb import rpc_pb2
 from nacl.signing import SigningKey
 
-from kaisar_p2p.mesh import GossipMessage, Mesh, gossip_router
-from kaisar_p2p.mesh import gossip_wire as wire
+from kaisar_p2p.mesh import GossipMessage, Mesh
 from kaisar_p2p.mesh.connection import Connection
-from kaisar_p2p.mesh.gossip import PROTOCOL
-from kaisar_p2p.mesh.negotiation import confirm, proposal
+from kaisar_p2p.mesh.gossip import router as gossip_router
+from kaisar_p2p.mesh.gossip import wire
+from kaisar_p2p.mesh.gossip.pubsub import PROTOCOL
+from kaisar_p2p.mesh.transport.negotiation import confirm, proposal
 from kaisar_p2p.wire.verdict import Verdict
 
 ADVERT = "/kaisar/test/advert/1"

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kaisar_p2p.mesh.gossip_link import Link, QueuedBytes
-from kaisar_p2p.mesh.gossip_queues import LEAST_IMPORTANT, PRIORITIES, FairQueue, PriorityQueues
+from kaisar_p2p.mesh.gossip.link import Link, QueuedBytes
+from kaisar_p2p.mesh.gossip.queues import LEAST_IMPORTANT, PRIORITIES, FairQueue, PriorityQueues
 from kaisar_p2p.mesh.limits import MeshLimits
-from kaisar_p2p.mesh.yamux_stream import FRAME_BYTES
+from kaisar_p2p.mesh.transport.yamux_stream import FRAME_BYTES
 
 
 @dataclass(frozen=True)

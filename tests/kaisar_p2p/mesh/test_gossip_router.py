@@ -6,8 +6,8 @@ from collections import defaultdict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kaisar_p2p.mesh import gossip_router as gossipsub
-from kaisar_p2p.mesh.gossip_router import MessageCache, Router
+from kaisar_p2p.mesh.gossip import router as gossipsub
+from kaisar_p2p.mesh.gossip.router import MessageCache, Router
 
 T = "topic"
 

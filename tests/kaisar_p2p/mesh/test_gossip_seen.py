@@ -7,7 +7,7 @@ import time
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kaisar_p2p.mesh.gossip_seen import AuthorSequences, SeenMessages
+from kaisar_p2p.mesh.gossip.seen import AuthorSequences, SeenMessages
 
 A = b"a" * 32
 S = 10**9

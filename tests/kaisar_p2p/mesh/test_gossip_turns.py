@@ -7,8 +7,8 @@ import os
 import pytest
 import trio
 
-from kaisar_p2p.mesh import gossip_wire as wire
-from kaisar_p2p.mesh.gossip_turns import STEP_S, Turns
+from kaisar_p2p.mesh.gossip import wire
+from kaisar_p2p.mesh.gossip.turns import STEP_S, Turns
 
 
 @pytest.mark.parametrize("readers", [1, 8])

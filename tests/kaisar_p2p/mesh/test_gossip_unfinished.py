@@ -9,9 +9,9 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kaisar_p2p.mesh.gossip import PROTOCOL
-from kaisar_p2p.mesh.gossip_unfinished import Unfinished, UnfinishedRpcs
-from kaisar_p2p.mesh.negotiation import confirm, proposal
+from kaisar_p2p.mesh.gossip.pubsub import PROTOCOL
+from kaisar_p2p.mesh.gossip.unfinished import Unfinished, UnfinishedRpcs
+from kaisar_p2p.mesh.transport.negotiation import confirm, proposal
 
 KIB = 1024
 

@@ -13,7 +13,7 @@ from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.validators import signature_validator
 from nacl.signing import SigningKey
 
-from kaisar_p2p.mesh import gossip_wire as wire
+from kaisar_p2p.mesh.gossip import wire
 from kaisar_p2p.mesh.ids import id_bytes_of
 
 KEY = SigningKey(b"\x07" * 32)

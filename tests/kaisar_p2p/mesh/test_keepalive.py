@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import trio
 
-from kaisar_p2p.mesh.keepalive import Keeper, Liveness
 from kaisar_p2p.mesh.limits import MeshLimits
+from kaisar_p2p.mesh.transport.keepalive import Keeper, Liveness
 
 _KEEPALIVE_S = MeshLimits().keepalive_s
 

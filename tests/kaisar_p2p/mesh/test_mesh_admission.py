@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kaisar_p2p.mesh.admission import Door, Origin, Standing, Visitor, gives_way, origin_of, worst_of
+from kaisar_p2p.mesh.guard.admission import Door, Origin, Standing, Visitor, gives_way, origin_of, worst_of
 from kaisar_p2p.mesh.limits import MeshLimits, SharedBytes
-from kaisar_p2p.mesh.yamux_stream import ReceivedBytes
+from kaisar_p2p.mesh.transport.yamux_stream import ReceivedBytes
 
 IDLE_S = 300.0
 LIMITS = MeshLimits(

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kaisar_p2p.mesh.address_book import AddressBook
-from kaisar_p2p.mesh.addresses import parse_any
+from kaisar_p2p.mesh.discovery.address_book import AddressBook
+from kaisar_p2p.mesh.discovery.addresses import parse_any
+from kaisar_p2p.mesh.discovery.records import RELAY, AddressRecord, Record, network_id, open_record
 from kaisar_p2p.mesh.ids import id_of
-from kaisar_p2p.mesh.records import RELAY, AddressRecord, Record, network_id, open_record
 from kaisar_p2p.wire.crypto import KeyPair
 from kaisar_p2p.wire.envelope import seal
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from kaisar_p2p.mesh import MeshLimits, reputation
-from kaisar_p2p.mesh.gossip_router import DEGREE, DEGREE_HIGH, DEGREE_LOW, MAX_TOPICS_PER_PEER
+from kaisar_p2p.mesh import MeshLimits
+from kaisar_p2p.mesh.gossip.router import DEGREE, DEGREE_HIGH, DEGREE_LOW, MAX_TOPICS_PER_PEER
+from kaisar_p2p.mesh.guard import reputation
 
 ROW = re.compile(r"^\| `(\w+)` \| `([^`]+)` \| ([^|]+) \| ([^|]+) \|$", re.MULTILINE)
 DEFAULTS = {one.name: one.default for one in fields(MeshLimits)}
@@ -42,7 +43,7 @@ def test_no_limit_is_documented_that_is_none(page: str) -> None:
 
 def test_every_protocol_is_listed(page: str, repository: Path) -> None:
     wire = section(page, "Wire protocols")
-    sources = [path.read_text("utf-8") for path in sorted((repository / "kaisar_p2p" / "mesh").glob("*.py"))]
+    sources = [path.read_text("utf-8") for path in sorted((repository / "kaisar_p2p" / "mesh").rglob("*.py"))]
     spoken = {found for source in sources for found in PROTOCOL.findall(source)}
     assert spoken >= {"/kaisar/peers/2", "/libp2p/dcutr"}
     assert not [protocol for protocol in spoken if f"`{protocol}`" not in wire]
@@ -75,7 +76,7 @@ def test_files_that_are_named_exist(page: str, repository: Path) -> None:
     assert len(named) > 15
     assert not sorted(name for name in named if not (repository / name).exists())
     table = section(page, "What is stock and what is not")
-    modules = re.findall(r"`(\w+\*?\.py)`", table)
+    modules = re.findall(r"`(\w+/(?:[\w*]+\.py)?|\w+\.py)`", table)
     assert not [name for name in modules if not any((repository / "kaisar_p2p" / "mesh").glob(name))]
 
 

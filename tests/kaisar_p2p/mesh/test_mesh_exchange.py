@@ -16,11 +16,11 @@ import trio
 
 from kaisar_p2p.errors import PeerUnreachable
 from kaisar_p2p.mesh import Mesh, MeshConfig, open_mesh
-from kaisar_p2p.mesh import exchange as peers
-from kaisar_p2p.mesh.address_book import AddressBook
-from kaisar_p2p.mesh.addresses import parse
-from kaisar_p2p.mesh.discovery import Backoff, Discovery, subnet_of
-from kaisar_p2p.mesh.records import RECORD_BYTES, RELAY, AddressRecord, network_id, open_record
+from kaisar_p2p.mesh.discovery import exchange as peers
+from kaisar_p2p.mesh.discovery.address_book import AddressBook
+from kaisar_p2p.mesh.discovery.addresses import parse
+from kaisar_p2p.mesh.discovery.discovery import Backoff, Discovery, subnet_of
+from kaisar_p2p.mesh.discovery.records import RECORD_BYTES, RELAY, AddressRecord, network_id, open_record
 from kaisar_p2p.mesh.streams import MeshStream
 from kaisar_p2p.wire.codec import encode
 from kaisar_p2p.wire.crypto import KeyPair
@@ -216,7 +216,7 @@ async def test_interfaces_that_change_are_noticed(lab, monkeypatch) -> None:
     woken: list[int] = []
     mesh._announcer.on_woken = lambda: woken.append(1)
     monkeypatch.setattr(
-        "kaisar_p2p.mesh.announce.local_addresses", lambda _bound: (parse("/ip4/198.51.100.7/tcp/5")[0],)
+        "kaisar_p2p.mesh.discovery.announce.local_addresses", lambda _bound: (parse("/ip4/198.51.100.7/tcp/5")[0],)
     )
     await eventually(lambda: bool(woken))
     assert mesh.addrs[0].startswith("/ip4/198.51.100.7/tcp/5/p2p/")

@@ -14,11 +14,11 @@ from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError
 from nacl.signing import SigningKey
 
 from kaisar_p2p.mesh import Mesh
-from kaisar_p2p.mesh import gossip_wire as wire
 from kaisar_p2p.mesh.connection import Connection
-from kaisar_p2p.mesh.gossip import PROTOCOL as GOSSIP
+from kaisar_p2p.mesh.gossip import wire
+from kaisar_p2p.mesh.gossip.pubsub import PROTOCOL as GOSSIP
 from kaisar_p2p.mesh.ids import id_bytes_of
-from kaisar_p2p.mesh.negotiation import confirm, proposal
+from kaisar_p2p.mesh.transport.negotiation import confirm, proposal
 from kaisar_p2p.wire.verdict import Verdict
 
 TOPIC = "/kaisar/test/advert/1"

@@ -11,7 +11,7 @@ import trio.testing
 
 from kaisar_p2p.errors import LimitExceeded
 from kaisar_p2p.mesh import GossipMessage, Mesh
-from kaisar_p2p.mesh import gossip_wire as wire
+from kaisar_p2p.mesh.gossip import wire
 from kaisar_p2p.wire.verdict import Verdict
 
 

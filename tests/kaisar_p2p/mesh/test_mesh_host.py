@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import trio
+import trio.testing
 
 PING = "/ipfs/ping/1.0.0"
 
@@ -35,4 +36,5 @@ async def test_connections_that_break_in_a_ping_are_forgotten(lab) -> None:
         await lab.stop(client)
         with trio.fail_after(10):
             await server.wait_until(lambda client=client: not server.is_connected(client.key))
+    await trio.testing.wait_all_tasks_blocked()  # the streams of the connection end after it
     assert not server._host._pinging

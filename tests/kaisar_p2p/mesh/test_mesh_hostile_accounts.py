@@ -9,16 +9,16 @@ from types import SimpleNamespace
 import pytest
 import trio
 
-from kaisar_p2p.mesh.address_book import AddressBook
-from kaisar_p2p.mesh.admission import Door, Origin, Standing, Visitor, gives_way, origin_of, relayed_origin
-from kaisar_p2p.mesh.conduct import Conduct
+from kaisar_p2p.mesh.discovery.address_book import AddressBook
+from kaisar_p2p.mesh.guard.admission import Door, Origin, Standing, Visitor, gives_way, origin_of, relayed_origin
+from kaisar_p2p.mesh.guard.conduct import Conduct
+from kaisar_p2p.mesh.guard.pruning import Pruner
+from kaisar_p2p.mesh.guard.reputation import BAN_POINTS, Reputation
 from kaisar_p2p.mesh.ids import key_pair_of
 from kaisar_p2p.mesh.limits import MeshLimits
 from kaisar_p2p.mesh.memory import Remembered
 from kaisar_p2p.mesh.network import Network
-from kaisar_p2p.mesh.pruning import Pruner
-from kaisar_p2p.mesh.reputation import BAN_POINTS, Reputation
-from kaisar_p2p.mesh.yamux_frames import NotAuthentic
+from kaisar_p2p.mesh.transport.yamux_frames import NotAuthentic
 
 KEY, RELAY, OTHER_RELAY = os.urandom(32), os.urandom(32), os.urandom(32)
 LIMITS = MeshLimits(handshakes=32, handshakes_per_s=1000)

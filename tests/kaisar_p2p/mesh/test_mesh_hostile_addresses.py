@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 
 from kaisar_p2p.mesh import Mesh, MeshConfig
-from kaisar_p2p.mesh.address_book import AddressBook
-from kaisar_p2p.mesh.addresses import CircuitAddress, parse_any
-from kaisar_p2p.mesh.discovery import Discovery
-from kaisar_p2p.mesh.exchange import PeerExchange
-from kaisar_p2p.mesh.records import AddressRecord, OwnRecord, Record, network_id, open_record
+from kaisar_p2p.mesh.discovery.address_book import AddressBook
+from kaisar_p2p.mesh.discovery.addresses import CircuitAddress, parse_any
+from kaisar_p2p.mesh.discovery.discovery import Discovery
+from kaisar_p2p.mesh.discovery.exchange import PeerExchange
+from kaisar_p2p.mesh.discovery.records import AddressRecord, OwnRecord, Record, network_id, open_record
 from kaisar_p2p.wire.crypto import KeyPair
 from kaisar_p2p.wire.envelope import seal
 

@@ -9,15 +9,15 @@ import random
 import trio
 
 from kaisar_p2p.mesh import Mesh
-from kaisar_p2p.mesh.circuit_wire import HopMessage, Limit, PunchMessage, Reservation, StopMessage, framed
-from kaisar_p2p.mesh.conflicts import KeyInUse
 from kaisar_p2p.mesh.connection import Connection, StreamHandler
-from kaisar_p2p.mesh.dialback import Question
-from kaisar_p2p.mesh.exchange import PeersQuestion
+from kaisar_p2p.mesh.discovery.exchange import PeersQuestion
+from kaisar_p2p.mesh.discovery.records import network_id
+from kaisar_p2p.mesh.guard.conflicts import KeyInUse
 from kaisar_p2p.mesh.ids import id_bytes_of
-from kaisar_p2p.mesh.negotiation import proposal
-from kaisar_p2p.mesh.records import network_id
-from kaisar_p2p.mesh.yamux_stream import MuxedStream
+from kaisar_p2p.mesh.reach.circuit_wire import HopMessage, Limit, PunchMessage, Reservation, StopMessage, framed
+from kaisar_p2p.mesh.reach.dialback import Question
+from kaisar_p2p.mesh.transport.negotiation import proposal
+from kaisar_p2p.mesh.transport.yamux_stream import MuxedStream
 from kaisar_p2p.wire.codec import encode
 
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamError  # isort: skip

@@ -8,9 +8,9 @@ import pytest
 import trio
 import zeroconf
 
-from kaisar_p2p.mesh.addresses import Address
-from kaisar_p2p.mesh.mdns import SERVICE, LocalNetwork
-from kaisar_p2p.mesh.records import network_id
+from kaisar_p2p.mesh.discovery.addresses import Address
+from kaisar_p2p.mesh.discovery.mdns import SERVICE, LocalNetwork
+from kaisar_p2p.mesh.discovery.records import network_id
 from tests.kaisar_p2p.mesh.test_mesh_mdns import needs_multicast
 
 NETWORK = network_id("test")

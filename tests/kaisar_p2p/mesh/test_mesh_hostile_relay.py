@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 from nacl.signing import SigningKey
 
-from kaisar_p2p.mesh.admission import origin_of
+from kaisar_p2p.mesh.guard.admission import origin_of
 from kaisar_p2p.mesh.ids import key_pair_of
 from kaisar_p2p.mesh.limits import MeshLimits
 from kaisar_p2p.mesh.network import Network
-from kaisar_p2p.mesh.relay import Relay
+from kaisar_p2p.mesh.reach.relay import Relay
 
 LIMITS = MeshLimits(relay_circuits=64, relay_circuits_per_peer=8)
 

@@ -12,17 +12,17 @@ import trio
 import trio.testing
 
 from kaisar_p2p.mesh import Mesh, MeshConfig, MeshLimits, open_mesh
-from kaisar_p2p.mesh.addresses import Address, local_addresses
-from kaisar_p2p.mesh.conflicts import KeyConflicts
-from kaisar_p2p.mesh.dialback import FAILED, PROTOCOL, Answer, Question
-from kaisar_p2p.mesh.dialed_back import SECRET_BYTES
-from kaisar_p2p.mesh.holepunch import HolePunch
+from kaisar_p2p.mesh.discovery.addresses import Address, local_addresses
+from kaisar_p2p.mesh.discovery.rendezvous import Rendezvous
+from kaisar_p2p.mesh.guard.conflicts import KeyConflicts
 from kaisar_p2p.mesh.ids import key_pair_of
-from kaisar_p2p.mesh.igd import RouterRefused
 from kaisar_p2p.mesh.network import Network
-from kaisar_p2p.mesh.rendezvous import Rendezvous
-from kaisar_p2p.mesh.upnp import PortMapping
-from kaisar_p2p.mesh.yamux import Muxer
+from kaisar_p2p.mesh.reach.dialback import FAILED, PROTOCOL, Answer, Question
+from kaisar_p2p.mesh.reach.dialed_back import SECRET_BYTES
+from kaisar_p2p.mesh.reach.holepunch import HolePunch
+from kaisar_p2p.mesh.reach.igd import RouterRefused
+from kaisar_p2p.mesh.reach.upnp import PortMapping
+from kaisar_p2p.mesh.transport.yamux import Muxer
 from kaisar_p2p.wire.codec import decode, encode
 from tests.kaisar_p2p.mesh.conftest import FAST
 

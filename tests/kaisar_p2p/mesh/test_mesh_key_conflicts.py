@@ -9,11 +9,11 @@ import pytest
 import trio
 
 from kaisar_p2p.mesh import Mesh
-from kaisar_p2p.mesh.conflicts import PROTOCOL, KeyInUse
+from kaisar_p2p.mesh.guard.conflicts import PROTOCOL, KeyInUse
 from kaisar_p2p.mesh.ids import key_pair_of
 from kaisar_p2p.mesh.limits import MeshLimits
-from kaisar_p2p.mesh.negotiation import proposal
 from kaisar_p2p.mesh.network import Network
+from kaisar_p2p.mesh.transport.negotiation import proposal
 from kaisar_p2p.wire.codec import encode
 
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF  # isort: skip

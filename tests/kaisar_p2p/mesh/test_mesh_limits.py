@@ -15,11 +15,11 @@ from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamEOF,
 
 from kaisar_p2p.errors import PeerUnreachable, RequestFailed
 from kaisar_p2p.mesh import Mesh, MeshConfig, MeshLimits, MeshStream, open_mesh
-from kaisar_p2p.mesh.conflicts import PROTOCOL as KEY_IN_USE
 from kaisar_p2p.mesh.connection import Connection, TcpStream
+from kaisar_p2p.mesh.guard.conflicts import PROTOCOL as KEY_IN_USE
 from kaisar_p2p.mesh.ids import key_pair_of
-from kaisar_p2p.mesh.negotiation import proposal
 from kaisar_p2p.mesh.network import Network
+from kaisar_p2p.mesh.transport.negotiation import proposal
 from kaisar_p2p.wire.verdict import Verdict
 
 FAST = MeshLimits(heartbeat_s=0.1, keepalive_s=1.0, exchange_s=0.5)

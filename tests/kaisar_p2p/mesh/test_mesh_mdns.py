@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kaisar_p2p.mesh import MeshConfig, open_mesh
-from kaisar_p2p.mesh.addresses import Address, with_peer
-from kaisar_p2p.mesh.mdns import LocalNetwork, peer_in, txt_record, txt_strings
-from kaisar_p2p.mesh.records import network_id
+from kaisar_p2p.mesh.discovery.addresses import Address, with_peer
+from kaisar_p2p.mesh.discovery.mdns import LocalNetwork, peer_in, txt_record, txt_strings
+from kaisar_p2p.mesh.discovery.records import network_id
 from kaisar_p2p.wire.crypto import KeyPair
 
 NETWORK = network_id("test")

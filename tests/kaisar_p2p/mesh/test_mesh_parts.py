@@ -15,8 +15,8 @@ from nacl.signing import SigningKey
 
 from kaisar_p2p.errors import ConfigError
 from kaisar_p2p.mesh import peer_of
-from kaisar_p2p.mesh.address_book import AddressBook
-from kaisar_p2p.mesh.addresses import Address, local_addresses, parse, with_peer
+from kaisar_p2p.mesh.discovery.address_book import AddressBook
+from kaisar_p2p.mesh.discovery.addresses import Address, local_addresses, parse, with_peer
 from kaisar_p2p.mesh.ids import id_bytes_of, id_of, key_of, key_pair_of
 from kaisar_p2p.mesh.limits import TokenBucket
 

@@ -8,9 +8,9 @@ import pytest
 import trio
 
 from kaisar_p2p.mesh.connection import TcpStream
-from kaisar_p2p.mesh.keepalive import Keeper, Liveness
 from kaisar_p2p.mesh.limits import MeshLimits
-from kaisar_p2p.mesh.pnet import PrivateStream
+from kaisar_p2p.mesh.transport.keepalive import Keeper, Liveness
+from kaisar_p2p.mesh.transport.pnet import PrivateStream
 
 posix_only = pytest.mark.skipif(os.name != "posix", reason="elsewhere the writer sends everything")
 

@@ -7,7 +7,7 @@ import trio
 import trio.testing
 
 from kaisar_p2p.errors import PeerUnreachable
-from kaisar_p2p.mesh.racing import Race
+from kaisar_p2p.mesh.discovery.racing import Race
 
 
 def attempt(name: str, after_s: float, *, fails: bool = False, began: list[tuple[str, float]]):

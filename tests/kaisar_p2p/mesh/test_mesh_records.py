@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kaisar_p2p.errors import DecodeError, SignatureError
-from kaisar_p2p.mesh.records import (
+from kaisar_p2p.mesh.discovery.records import (
     MAX_ADDRESSES,
     MAX_LIFETIME_S,
     RECORD_BYTES,

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kaisar_p2p.errors import StoreError
-from kaisar_p2p.mesh.memory import Remembered
-from kaisar_p2p.mesh.reputation import (
+from kaisar_p2p.mesh.guard.reputation import (
     BAN_POINTS,
     FORWARDED_POINTS,
     HALF_LIFE_S,
@@ -21,6 +20,7 @@ from kaisar_p2p.mesh.reputation import (
     TOLERATED_POINTS,
     Reputation,
 )
+from kaisar_p2p.mesh.memory import Remembered
 
 KEY, OTHER = b"k" * 32, b"o" * 32
 

@@ -7,8 +7,8 @@ import errno
 import pytest
 import trio
 
-from kaisar_p2p.mesh import tcp
-from kaisar_p2p.mesh.addresses import Address
+from kaisar_p2p.mesh.discovery.addresses import Address
+from kaisar_p2p.mesh.transport import tcp
 
 HOME = Address("ip4", "127.0.0.1", 0)
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kaisar_p2p.errors import RequestFailed
-from kaisar_p2p.mesh.negotiation import BrokenNegotiation, confirm, parse_line, proposal, respond
+from kaisar_p2p.mesh.transport.negotiation import BrokenNegotiation, confirm, parse_line, proposal, respond
 
 _HEADER = b"\x13/multistream/1.0.0\n"
 

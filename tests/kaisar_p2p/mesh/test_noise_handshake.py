@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from nacl.signing import SigningKey
 from noise.connection import Keypair, NoiseConnection
 
-from kaisar_p2p.mesh import noise
-from kaisar_p2p.mesh.noise import READ_BYTES, SEALED_BYTES, WRITE_BYTES, Decryption, Encryption
-from kaisar_p2p.mesh.noise_handshake import (
+from kaisar_p2p.mesh.transport import noise
+from kaisar_p2p.mesh.transport.noise import READ_BYTES, SEALED_BYTES, WRITE_BYTES, Decryption, Encryption
+from kaisar_p2p.mesh.transport.noise_handshake import (
     SIGNED_PREFIX,
     Established,
     Handshake,
@@ -22,7 +22,7 @@ from kaisar_p2p.mesh.noise_handshake import (
     nonce_of,
     read_payload,
 )
-from kaisar_p2p.mesh.yamux_frames import ConnectionOver, NotAuthentic, ProtocolViolation
+from kaisar_p2p.mesh.transport.yamux_frames import ConnectionOver, NotAuthentic, ProtocolViolation
 
 _KEY_A, _KEY_B = SigningKey(bytes(range(32))), SigningKey(bytes(range(1, 33)))
 

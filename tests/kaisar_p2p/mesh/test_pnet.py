@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from nacl.bindings import crypto_secretbox
 
 from kaisar_p2p.errors import ConfigError, PeerUnreachable
-from kaisar_p2p.mesh import MeshStream, pnet
-from kaisar_p2p.mesh.pnet import format_key, hsalsa20, parse_key, xsalsa20
+from kaisar_p2p.mesh import MeshStream
+from kaisar_p2p.mesh.transport import pnet
+from kaisar_p2p.mesh.transport.pnet import format_key, hsalsa20, parse_key, xsalsa20
 
 KEY, OTHER_KEY = bytes(range(32)), bytes(range(1, 33))
 MAC_BYTES = 16

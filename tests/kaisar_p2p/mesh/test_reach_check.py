@@ -11,14 +11,23 @@ import trio
 
 from kaisar_p2p.errors import RequestFailed
 from kaisar_p2p.mesh import Mesh, MeshConfig, MeshLimits, open_mesh
-from kaisar_p2p.mesh.addresses import Address
 from kaisar_p2p.mesh.connection import Connection
-from kaisar_p2p.mesh.dialback import DIALED, FAILED, PROTOCOL, REFUSED, Answer, DialBackServer, Question, hand_over
-from kaisar_p2p.mesh.dialed_back import BACK_PROTOCOL, SECRET_BYTES
+from kaisar_p2p.mesh.discovery.addresses import Address
 from kaisar_p2p.mesh.ids import key_pair_of
-from kaisar_p2p.mesh.negotiation import proposal
 from kaisar_p2p.mesh.network import Network
+from kaisar_p2p.mesh.reach.dialback import (
+    DIALED,
+    FAILED,
+    PROTOCOL,
+    REFUSED,
+    Answer,
+    DialBackServer,
+    Question,
+    hand_over,
+)
+from kaisar_p2p.mesh.reach.dialed_back import BACK_PROTOCOL, SECRET_BYTES
 from kaisar_p2p.mesh.streams import MeshStream
+from kaisar_p2p.mesh.transport.negotiation import proposal
 from kaisar_p2p.wire.codec import decode, encode
 
 FAST = MeshLimits(heartbeat_s=0.1, keepalive_s=1.0, exchange_s=0.5)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kaisar_p2p.mesh.addresses import Address
-from kaisar_p2p.mesh.reachability import (
+from kaisar_p2p.mesh.discovery.addresses import Address
+from kaisar_p2p.mesh.reach.reachability import (
     CLEAR_VOTES,
     CONFIRMED,
     OBSERVERS,

@@ -10,9 +10,13 @@ import pytest
 import trio
 
 from kaisar_p2p.errors import PeerUnreachable, RequestFailed
-from kaisar_p2p.mesh import MeshStream, relay_client
-from kaisar_p2p.mesh.addresses import CircuitAddress, with_peer
-from kaisar_p2p.mesh.circuit_wire import (
+from kaisar_p2p.mesh import MeshStream
+from kaisar_p2p.mesh.connection import Connection
+from kaisar_p2p.mesh.discovery.addresses import CircuitAddress, with_peer
+from kaisar_p2p.mesh.ids import id_bytes_of
+from kaisar_p2p.mesh.protobuf import parse_fields
+from kaisar_p2p.mesh.reach import relay_client
+from kaisar_p2p.mesh.reach.circuit_wire import (
     HOP,
     STOP,
     HopMessage,
@@ -26,10 +30,7 @@ from kaisar_p2p.mesh.circuit_wire import (
     receive,
     send,
 )
-from kaisar_p2p.mesh.connection import Connection
-from kaisar_p2p.mesh.ids import id_bytes_of
-from kaisar_p2p.mesh.negotiation import confirm, proposal
-from kaisar_p2p.mesh.protobuf import parse_fields
+from kaisar_p2p.mesh.transport.negotiation import confirm, proposal
 from kaisar_p2p.wire.verdict import Verdict
 from tests.kaisar_p2p.mesh.conftest import eventually
 from tests.kaisar_p2p.mesh.relay_lab import LIMITS, circuits, echoed, introduce, relayed

@@ -5,11 +5,21 @@ from __future__ import annotations
 import pytest
 import trio
 
-from kaisar_p2p.mesh import Mesh, holepunch, tcp
-from kaisar_p2p.mesh.addresses import Address
-from kaisar_p2p.mesh.circuit_wire import DCUTR, PunchMessage, PunchType, binary_of, direct_addresses_of, framed, receive
-from kaisar_p2p.mesh.negotiation import confirm, proposal
-from kaisar_p2p.mesh.yamux_stream import MuxedStream
+from kaisar_p2p.mesh import Mesh
+from kaisar_p2p.mesh.discovery.addresses import Address
+from kaisar_p2p.mesh.reach import holepunch
+from kaisar_p2p.mesh.reach.circuit_wire import (
+    DCUTR,
+    PunchMessage,
+    PunchType,
+    binary_of,
+    direct_addresses_of,
+    framed,
+    receive,
+)
+from kaisar_p2p.mesh.transport import tcp
+from kaisar_p2p.mesh.transport.negotiation import confirm, proposal
+from kaisar_p2p.mesh.transport.yamux_stream import MuxedStream
 from tests.kaisar_p2p.mesh.conftest import eventually
 from tests.kaisar_p2p.mesh.relay_lab import echoed, introduce, relayed
 

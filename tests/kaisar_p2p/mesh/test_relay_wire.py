@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kaisar_p2p.mesh.addresses import Address, CircuitAddress, parse_any, with_peer
-from kaisar_p2p.mesh.circuit_wire import (
+from kaisar_p2p.mesh.discovery.addresses import Address, CircuitAddress, parse_any, with_peer
+from kaisar_p2p.mesh.ids import id_bytes_of
+from kaisar_p2p.mesh.protobuf import MalformedMessage, parse_fields
+from kaisar_p2p.mesh.reach.circuit_wire import (
     HopMessage,
     HopType,
     Limit,
@@ -27,9 +29,7 @@ from kaisar_p2p.mesh.circuit_wire import (
     binary_of,
     direct_addresses_of,
 )
-from kaisar_p2p.mesh.identify_client import parse
-from kaisar_p2p.mesh.ids import id_bytes_of
-from kaisar_p2p.mesh.protobuf import MalformedMessage, parse_fields
+from kaisar_p2p.mesh.reach.identify_client import parse
 
 PEER, RELAY = bytes(range(32)), bytes(32)
 THROUGH = Address("ip4", "45.1.2.3", 4001)

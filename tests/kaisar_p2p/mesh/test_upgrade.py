@@ -13,11 +13,11 @@ from nacl.signing import SigningKey
 
 from kaisar_p2p.mesh.ids import id_of, key_pair_of
 from kaisar_p2p.mesh.limits import MeshLimits
-from kaisar_p2p.mesh.negotiation import proposal
-from kaisar_p2p.mesh.noise import BufferedRaw
-from kaisar_p2p.mesh.noise_handshake import Identity
-from kaisar_p2p.mesh.upgrade import Upgrader
-from kaisar_p2p.mesh.yamux import Muxer
+from kaisar_p2p.mesh.transport.negotiation import proposal
+from kaisar_p2p.mesh.transport.noise import BufferedRaw
+from kaisar_p2p.mesh.transport.noise_handshake import Identity
+from kaisar_p2p.mesh.transport.upgrade import Upgrader
+from kaisar_p2p.mesh.transport.yamux import Muxer
 
 
 class Raw:

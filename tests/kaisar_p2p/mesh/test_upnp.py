@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, replace
 import pytest
 import trio
 
-from kaisar_p2p.mesh import MeshConfig, igd, open_mesh, upnp
-from kaisar_p2p.mesh.addresses import Address
-from kaisar_p2p.mesh.igd import RouterRefused, find_gateway
-from kaisar_p2p.mesh.upnp import PortMapping, wants_mapping
+from kaisar_p2p.mesh import MeshConfig, open_mesh
+from kaisar_p2p.mesh.discovery.addresses import Address
+from kaisar_p2p.mesh.reach import igd, upnp
+from kaisar_p2p.mesh.reach.igd import RouterRefused, find_gateway
+from kaisar_p2p.mesh.reach.upnp import PortMapping, wants_mapping
 
 WAN = "urn:schemas-upnp-org:service:WANIPConnection:1"
 

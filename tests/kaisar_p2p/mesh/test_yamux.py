@@ -12,8 +12,8 @@ from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamEOF, MuxedStreamError, MuxedStreamReset
 
 from kaisar_p2p.mesh.limits import MeshLimits
-from kaisar_p2p.mesh.yamux import MuxedStream, Muxer
-from kaisar_p2p.mesh.yamux_frames import ACK, HEADER, PING, WINDOW, ProtocolViolation
+from kaisar_p2p.mesh.transport.yamux import MuxedStream, Muxer
+from kaisar_p2p.mesh.transport.yamux_frames import ACK, HEADER, PING, WINDOW, ProtocolViolation
 
 
 class Session:

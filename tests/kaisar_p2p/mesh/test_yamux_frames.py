@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kaisar_p2p.mesh.yamux_frames import DATA, PING, WINDOW, FrameParser, ProtocolViolation
+from kaisar_p2p.mesh.transport.yamux_frames import DATA, PING, WINDOW, FrameParser, ProtocolViolation
 
 _HEADER = struct.Struct("!BBHII")
 

@@ -10,12 +10,13 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kaisar_p2p.mesh import Mesh, MeshStream, yamux_outbox
+from kaisar_p2p.mesh import Mesh, MeshStream
 from kaisar_p2p.mesh.connection import Connection
-from kaisar_p2p.mesh.negotiation import proposal
-from kaisar_p2p.mesh.noise import MAX_PLAINTEXT
-from kaisar_p2p.mesh.yamux_frames import HEADER, WINDOW
-from kaisar_p2p.mesh.yamux_outbox import CROWDED_BYTES, FAIR_BYTES, Outbox, SendingBytes
+from kaisar_p2p.mesh.transport import yamux_outbox
+from kaisar_p2p.mesh.transport.negotiation import proposal
+from kaisar_p2p.mesh.transport.noise import MAX_PLAINTEXT
+from kaisar_p2p.mesh.transport.yamux_frames import HEADER, WINDOW
+from kaisar_p2p.mesh.transport.yamux_outbox import CROWDED_BYTES, FAIR_BYTES, Outbox, SendingBytes
 from tests.kaisar_p2p.mesh.conftest import eventually
 
 MIB = 1 << 20

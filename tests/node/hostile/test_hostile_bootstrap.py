@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from immutables import Map
 
-from kaisar_p2p.mesh.address_book import AddressBook
+from kaisar_p2p.mesh.discovery.address_book import AddressBook
 from kaisar_p2p.wire.codec import is_line
 from node.peers import MAX_BOOTSTRAP, PeerKeeper
 from protocols.actions import BlockApplied

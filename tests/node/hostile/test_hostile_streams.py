@@ -11,8 +11,8 @@ import pytest
 import trio
 
 from kaisar_p2p.errors import MeshError, RequestFailed
-from kaisar_p2p.mesh import discovery
-from kaisar_p2p.mesh.negotiation import proposal
+from kaisar_p2p.mesh.discovery import discovery
+from kaisar_p2p.mesh.transport.negotiation import proposal
 from kaisar_p2p.wire.codec import decode, encode
 from kaisar_p2p.wire.envelope import open_signed, seal
 from node import effects, tunnels

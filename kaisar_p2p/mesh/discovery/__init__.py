@@ -1,0 +1,1 @@
+"""Finding peers: addresses, signed records, exchange and rendezvous, the local network, redialing."""

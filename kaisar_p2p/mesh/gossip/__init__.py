@@ -1,0 +1,1 @@
+"""Publish and subscribe: the wire, the router, queues by priority, what was seen, pubsub itself."""

@@ -1,0 +1,1 @@
+"""Reaching everybody: dial-backs, port mappings, relays, hole punching."""

@@ -1,0 +1,1 @@
+"""From TCP to streams: private swarms, Noise, yamux, agreeing on protocols, noticing the dead."""
