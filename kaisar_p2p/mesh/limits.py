@@ -15,8 +15,8 @@ class MeshLimits:
     """
 
     message_bytes: int = 256 * 1024  # payload of one gossip message
-    messages_per_s: float = 1000.0  # gossip messages of one peer, sustained; a duplicate counts a quarter
-    messages_burst: int = 2000
+    messages_per_s: float = 500.0  # gossip messages of one peer, sustained; a duplicate counts a quarter
+    messages_burst: int = 500
     bytes_per_s: float = 4 * 1024 * 1024  # gossip bytes of one peer, sustained
     bytes_burst: int = 8 * 1024 * 1024
     request_bytes: int = 16 * 1024 * 1024  # upper bound of any frame limit that a caller may ask for

@@ -17,6 +17,7 @@ import trio
 from kaisar_p2p.mesh.failure_log import FailureLog
 from kaisar_p2p.mesh.gossip import wire
 from kaisar_p2p.mesh.gossip.queues import FairQueue, PriorityQueues
+from kaisar_p2p.mesh.gossip.turns import Turns, worked_s
 from kaisar_p2p.mesh.gossip.wire import Published
 from kaisar_p2p.mesh.limits import MeshLimits
 from kaisar_p2p.wire.verdict import Verdict
@@ -104,11 +105,12 @@ class Intake:
     def __init__(
         self,
         limits: MeshLimits,
+        turns: Turns,
         conclude: Callable[[Arrival, Judgement], None],
         lost: Callable[[Arrival], None],
     ) -> None:
         self.pending: dict[bytes, Arrival] = {}  # by the whole message: an altered one must not stand in its way
-        self._limits = limits
+        self._limits, self._turns = limits, turns
         self._conclude, self._lost = conclude, lost
         self._queues = PriorityQueues[Arrival](limits.inbound_messages, limits.inbound_bytes)
         self._working = False
@@ -159,15 +161,17 @@ class Intake:
         try:
             while self._queues:
                 await trio.lowlevel.checkpoint()
+                await self._turns.rest()
                 if full is not None and not await self._makes_room(full):
                     slow.add(full.name)
-                full, until = None, time.perf_counter() + _TURN_S
+                full, until, began = None, time.perf_counter() + _TURN_S, worked_s()
                 while self._queues and full is None and time.perf_counter() < until:
                     subscription = self._judge_next()
                     if not subscription.full:
                         slow.discard(subscription.name)
                     elif subscription.name not in slow:
                         full = subscription
+                self._turns.spend(worked_s() - began)
         finally:
             self._working = False
 

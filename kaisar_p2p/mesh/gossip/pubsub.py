@@ -25,7 +25,7 @@ from kaisar_p2p.mesh.gossip.queues import LEAST_IMPORTANT
 from kaisar_p2p.mesh.gossip.router import MAX_OFFERED_IDS, MAX_TOPICS_PER_PEER, Control, Router
 from kaisar_p2p.mesh.gossip.seen import AuthorSequences, SeenMessages
 from kaisar_p2p.mesh.gossip.sending import PROTOCOL, Outbox
-from kaisar_p2p.mesh.gossip.turns import Turns
+from kaisar_p2p.mesh.gossip.turns import Turns, worked_s
 from kaisar_p2p.mesh.gossip.unfinished import Unfinished, UnfinishedRpcs
 from kaisar_p2p.mesh.gossip.wire import MalformedGossip, Published
 from kaisar_p2p.mesh.guard.reputation import FORWARDED_POINTS, IMPATIENT_POINTS, REJECTED_POINTS, Reputation
@@ -67,7 +67,7 @@ class Gossip:
         self._subscriptions: dict[str, Subscription] = {}  # by full topic
         self._outbox = Outbox(network, rng, self._announcement, self._router.remove_peer)
         self._turns = Turns()
-        self._intake = Intake(limits, self._conclude, self._on_lost)
+        self._intake = Intake(limits, self._turns, self._conclude, self._on_lost)
         self._rpc_bytes = max(_LARGEST_RPC, 2 * limits.message_bytes)
         most = max(limits.unfinished_bytes, self._rpc_bytes)
         self._unfinished = UnfinishedRpcs(most, self._rpc_bytes, limits.send_stall_s)
@@ -226,7 +226,7 @@ class Gossip:
                 await trio.sleep(max(wait_s, _CROWDED_S))
 
     async def _on_rpc(self, sender: bytes, link: Link, rpc: bytes, received_at: float) -> None:
-        began = time.perf_counter()
+        began = worked_s()
         messages, fields = wire.split(rpc)
         cost = self._on_rest(sender, wire.rest_of(fields)) if fields else 0.0
         if not rpc:
@@ -235,14 +235,12 @@ class Gossip:
             cost += self._on_messages(sender, link, messages[start : start + _CHUNK], received_at)
             wait_s = link.messages_bucket.take(cost, trio.current_time())
             cost = 0.0
-            now = time.perf_counter()
-            if self._turns.spend(now - began):
+            rests = self._turns.spend(worked_s() - began)
+            if rests:
                 await self._turns.rest()
-                now = time.perf_counter()
-            began = now
             if wait_s > 0:
                 await trio.sleep(wait_s)
-                began = time.perf_counter()
+            began = worked_s()
 
     def _on_messages(self, sender: bytes, link: Link, messages: list[bytes], received_at: float) -> float:
         """Admit what is new; what the messages cost, in messages, for the sender's rate."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from math import inf
@@ -22,6 +23,7 @@ from kaisar_p2p.errors import RequestFailed
 from kaisar_p2p.mesh.connection import Connection
 from kaisar_p2p.mesh.gossip.link import Link, QueuedBytes
 from kaisar_p2p.mesh.gossip.seen import SeenMessages
+from kaisar_p2p.mesh.gossip.turns import STEP_S
 from kaisar_p2p.mesh.network import Network
 from kaisar_p2p.mesh.transport.negotiation import confirm, proposal
 from kaisar_p2p.mesh.transport.yamux_stream import MuxedStream
@@ -112,7 +114,8 @@ class Outbox:
             self._set_due(due)
 
     def _flush(self, now: float) -> None:
-        waiting, self._waiting, due = self._waiting, {}, inf
+        waiting, self._waiting, due = iter(self._waiting), {}, inf
+        until = time.perf_counter() + STEP_S
         for link in waiting:
             if not len(link):
                 link.flush_at = None
@@ -120,6 +123,9 @@ class Outbox:
                 link.flush()
             else:
                 due = min(due, self._postpone(link, now))
+            if time.perf_counter() >= until:  # the others follow when other tasks have had their turn
+                self._waiting.update(dict.fromkeys(waiting))
+                due = now
         self._set_due(due)
         self._spread.expire(now)
         self._next = now + self._limits.flush_s * self._rng.uniform(0.75, 1.25)

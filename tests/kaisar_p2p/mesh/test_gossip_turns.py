@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from kaisar_p2p.mesh.gossip import wire
-from kaisar_p2p.mesh.gossip.turns import STEP_S, Turns
+from kaisar_p2p.mesh.gossip.turns import SHARE, STEP_S, Turns
 
 
 @pytest.mark.parametrize("readers", [1, 8])
@@ -37,6 +37,15 @@ async def test_others_have_their_turn_after_each_step_of_all_readers_together(re
     assert happened.count("work") == 20 * readers
     runs = "".join(each[0] for each in happened).split("o")
     assert max(map(len, runs)) <= 4  # two steps may come without a turn of the other between: trio's order is random
+
+
+async def test_gossip_leaves_most_of_a_core_however_much_of_it_comes(autojump_clock) -> None:
+    turns, began, worked_s = Turns(), trio.current_time(), 0.0
+    while trio.current_time() - began < 10:
+        turns.spend(STEP_S)
+        worked_s += STEP_S
+        await turns.rest()
+    assert worked_s == pytest.approx(10 * SHARE, rel=0.02)
 
 
 async def test_a_little_work_rests_nowhere() -> None:
