@@ -19,10 +19,10 @@ from benchmarks.mesh_pairs import GO, JS, OURS, STOCK, Pair
 
 _ROUNDS = int(os.environ.get("KAISAR_BENCH_ROUNDS", "5"))
 _PARTS = os.environ.get("KAISAR_BENCH_PARTS", "pairs,gossip,ladder,bulk,idle").split(",")
-_WINDOW_S = 8.0
+_WINDOW_S = 6.0
 _RATE_PER_S = 300.0
 _STOCK_RATE_PER_S = 15.0  # at more it is busy with losing messages
-_LADDER = [30.0, 60.0, 100.0, 150.0, 200.0, 300.0, 400.0, 500.0, 600.0, 800.0, 1000.0, 1300.0, 1600.0]
+_LADDER = [30.0, 60.0, 100.0, 150.0, 200.0, 300.0, 400.0, 600.0, 800.0, 1000.0, 1300.0]
 
 
 def figures() -> list[Figure]:

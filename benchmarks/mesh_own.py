@@ -16,7 +16,7 @@ from benchmarks.mesh_pairs import OURS, START
 from benchmarks.peers.interface import Peer, PeerConfig
 
 _RATE_PER_S = 60.0
-_WINDOW_S = 8.0
+_WINDOW_S = 6.0
 _BULK_BYTES, _CHUNK = 64_000_000, 65_536
 _IDLE, _DIALERS = 1000, 4
 _SETTLE_S, _IDLE_S = 90.0, 30.0

@@ -47,7 +47,7 @@ class MeshLimits:
     outbound_frames: int = 512  # gossip messages waiting for one peer, the oldest of the least important give way
     outbound_bytes: int = 2 * 1024 * 1024
     outbound_all_bytes: int = 16 * 1024 * 1024  # of all peers; what waits for several counts once
-    flush_s: float = 0.02  # about so long gossip gathers before it is sent; our own does not when we have been quiet
+    flush_s: float = 0.04  # about so long gossip gathers before it is sent; our own does not when we have been quiet
     spread_s: float = 0.2  # at most so long waits a message that its receiver has probably got from others
     inbound_messages: int = 2048  # waiting for a verdict, the least important give way; of each heavy topic a quarter
     inbound_bytes: int = 6 * 1024 * 1024
