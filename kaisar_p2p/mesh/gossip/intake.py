@@ -1,6 +1,6 @@
 """Received messages on their way to a verdict: the important first, all senders alike, nothing without a bound.
 
-Usually a message is judged where it was read. Only when that takes longer than `_TURN_S` do messages wait, in a queue
+Usually a message is judged where it was read. Only when that takes longer than `STEP_S` do messages wait, in a queue
 for each priority, and one task judges them, a little at a time. What costs much to judge goes to a worker thread of
 its topic, past the same kind of queue. Whatever gives way is dropped as IGNORE: our backlog is nobody's fault.
 """
@@ -17,7 +17,7 @@ import trio
 from kaisar_p2p.mesh.failure_log import FailureLog
 from kaisar_p2p.mesh.gossip import wire
 from kaisar_p2p.mesh.gossip.queues import FairQueue, PriorityQueues
-from kaisar_p2p.mesh.gossip.turns import Turns, worked_s
+from kaisar_p2p.mesh.gossip.turns import STEP_S, Turns, worked_s
 from kaisar_p2p.mesh.gossip.wire import Published
 from kaisar_p2p.mesh.limits import MeshLimits
 from kaisar_p2p.wire.verdict import Verdict
@@ -25,7 +25,6 @@ from kaisar_p2p.wire.verdict import Verdict
 log = logging.getLogger(__name__)
 failures = FailureLog(log)
 
-_TURN_S = 0.004  # of judging before others have their turn
 _CHANCES = 4  # rounds of the scheduler in which a full subscriber may take something
 _THREAD_BATCH = 8  # messages of one visit to the worker thread: it costs as much as two signature checks
 _OVERHEAD_BYTES = 1024  # that a waiting message costs beside its own bytes
@@ -135,7 +134,7 @@ class Intake:
         """Something was read: some of it may be judged at once, but not all the time, whoever sends it."""
         now = time.perf_counter()
         if now >= self._next_turn:
-            self._inline_until, self._next_turn = now + _TURN_S, now + 2 * _TURN_S
+            self._inline_until, self._next_turn = now + STEP_S, now + 2 * STEP_S
 
     def put(self, arrival: Arrival) -> None:
         """Judge a message, now or later."""
@@ -164,7 +163,7 @@ class Intake:
                 await self._turns.rest()
                 if full is not None and not await self._makes_room(full):
                     slow.add(full.name)
-                full, until, began = None, time.perf_counter() + _TURN_S, worked_s()
+                full, until, began = None, time.perf_counter() + STEP_S, worked_s()
                 while self._queues and full is None and time.perf_counter() < until:
                     subscription = self._judge_next()
                     if not subscription.full:
